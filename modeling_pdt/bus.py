@@ -1,0 +1,203 @@
+"""The notes bus: what each stream has published, and which of it a reader may see.
+
+Letters: B prompts, S streams, R = B * S rows, T tokens, W notes of a window, V rounds, K notes per block, N note width.
+"""
+
+import torch
+
+
+def visible_notes(
+    reader_stream: torch.Tensor,
+    read_round: torch.Tensor,
+    lag: torch.Tensor,
+    producer: torch.Tensor,
+    version: torch.Tensor,
+    capacity: int,
+    include_self: bool = False,
+) -> torch.Tensor:
+    """
+    The one visibility rule, used by training and decoding.
+
+    A reader that writes round v sees its siblings' notes of rounds in (v - lag - capacity, v - lag]; every producer has
+    the same number of rounds in the window. The plan is not subject to it.
+
+    Args:
+        reader_stream (`torch.Tensor` of shape `[...]`): Stream of the reader.
+        read_round (`torch.Tensor` of shape `[...]`): Round that the reader writes.
+        lag (`torch.Tensor` of shape `[...]`): 1 or more for a first writing; 0 when judging or rewriting.
+        producer, version (`torch.Tensor` of shape `[..., W]`): Stream and round of each note; a version below 0 marks
+            an empty place.
+        capacity (`int`): Rounds kept readable.
+        include_self (`bool`, *optional*, defaults to `False`): Also show the reader's own notes.
+
+    Returns:
+        `torch.BoolTensor` of shape `[..., W]`.
+    """
+    newest = (read_round - lag).unsqueeze(-1)
+    seen = (version >= 0) & (version <= newest) & (version > newest - capacity)
+    if include_self:
+        return seen
+    return seen & (producer != reader_stream.unsqueeze(-1))
+
+
+class NotesBus:
+    """
+    Batched storage of published notes, one place per prompt, stream and round.
+
+    Args:
+        num_prompts (`int`), num_streams (`int`): B and S.
+        notes_per_block (`int`), notes_dim (`int`): K and N.
+        capacity (`int`): Rounds kept readable.
+        plan_BPN (`torch.Tensor` of shape `[B, P, N]`, *optional*): Snapshot 0, pinned.
+        plan_mask_BP (`torch.BoolTensor` of shape `[B, P]`, *optional*): Which plan places are filled.
+        device, dtype: Of the stored notes.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        num_streams: int,
+        notes_per_block: int,
+        notes_dim: int,
+        capacity: int,
+        plan_BPN: torch.Tensor | None = None,
+        plan_mask_BP: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.num_streams, self.capacity = num_streams, capacity
+        if plan_BPN is None:
+            plan_BPN = torch.zeros(num_prompts, 0, notes_dim)
+            plan_mask_BP = torch.zeros(num_prompts, 0, dtype=torch.bool)
+        if plan_BPN.shape[0] != num_prompts or plan_BPN.shape[2] != notes_dim:
+            raise ValueError(
+                f"plan must have shape [{num_prompts}, P, {notes_dim}], got {list(plan_BPN.shape)} (notes_dim is "
+                f"{notes_dim})."
+            )
+        self.plan_BPN = plan_BPN.to(device=device, dtype=dtype)
+        self.plan_mask_BP = plan_mask_BP.to(device)
+        self.notes_BSVKN = torch.zeros(
+            num_prompts, num_streams, 0, notes_per_block, notes_dim, device=device, dtype=dtype
+        )
+        self.published_BSV = torch.zeros(num_prompts, num_streams, 0, dtype=torch.bool, device=device)
+
+    def _grow(self, rounds: int) -> None:
+        missing = rounds - self.published_BSV.shape[2]
+        if missing > 0:
+            missing = max(missing, 8)
+            self.notes_BSVKN = torch.nn.functional.pad(self.notes_BSVKN, (0, 0, 0, 0, 0, missing))
+            self.published_BSV = torch.nn.functional.pad(self.published_BSV, (0, missing))
+
+    def publish(self, rows: torch.Tensor, rounds: torch.Tensor, notes_MKN: torch.Tensor) -> None:
+        """
+        Publishes the notes of M rows.
+
+        Args:
+            rows (`torch.LongTensor` of shape `[M]`): Row index, prompt * num_streams + stream.
+            rounds (`torch.LongTensor` of shape `[M]`): Round that each note was written for, from 0.
+            notes_MKN (`torch.Tensor` of shape `[M, K, N]`): The notes.
+
+        Raises:
+            ValueError: When a row publishes the same round twice, or the notes have another shape.
+        """
+        if rows.numel() == 0:
+            return
+        if notes_MKN.shape[1:] != self.notes_BSVKN.shape[3:]:
+            raise ValueError(
+                f"notes must have shape [M, {', '.join(map(str, self.notes_BSVKN.shape[3:]))}], "
+                f"got {list(notes_MKN.shape)}."
+            )
+        self._grow(int(rounds.max()) + 1)
+        prompt, stream = rows // self.num_streams, rows % self.num_streams
+        if bool(self.published_BSV[prompt, stream, rounds].any()):
+            raise ValueError("a round is published once; withdraw it first.")
+        self.notes_BSVKN[prompt, stream, rounds] = notes_MKN.to(self.notes_BSVKN)
+        self.published_BSV[prompt, stream, rounds] = True
+
+    def withdraw(self, rows: torch.Tensor, rounds: torch.Tensor) -> None:
+        """Removes the notes of rows `[M]` for rounds `[M]`; readers stop seeing them at once."""
+        self.published_BSV[rows // self.num_streams, rows % self.num_streams, rounds] = False
+
+    def window(
+        self, rows: torch.Tensor, read_round: torch.Tensor, lag: torch.Tensor, include_self: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The notes that each row may read while it writes `read_round`: the plan, then every producer's rounds.
+
+        Args:
+            rows, read_round, lag (`torch.LongTensor` of shape `[M]`): Readers, the round each writes, and its lag.
+            include_self (`bool`, *optional*, defaults to `False`): Also show a row its own notes.
+
+        Returns:
+            `(notes, mask)` of shapes `[M, W, N]` and `[M, W]`.
+        """
+        num_prompts, streams, stored, per_block, width = self.notes_BSVKN.shape
+        prompt = rows // streams
+        newest = read_round - lag
+        span = max(0, min(self.capacity, stored, int(newest.max()) + 1)) if rows.numel() else 0
+        version_MV = newest[:, None] - torch.arange(span - 1, -1, -1, device=rows.device)
+        index_MV = version_MV.clamp(0, max(stored - 1, 0))
+        stream_S = torch.arange(streams, device=rows.device)
+        notes = self.notes_BSVKN[prompt[:, None, None], stream_S[None, :, None], index_MV[:, None, :]]
+        filled = self.published_BSV[prompt[:, None, None], stream_S[None, :, None], index_MV[:, None, :]]
+        version = torch.where(filled, version_MV[:, None, :].expand_as(filled), -1)
+        producer = stream_S[None, :, None].expand_as(filled)
+        mask = visible_notes(
+            rows % streams, read_round, lag, producer.flatten(1), version.flatten(1), self.capacity, include_self
+        )
+        mask = mask.repeat_interleave(per_block, dim=1)
+        notes = notes.reshape(rows.shape[0], -1, width)
+        return (
+            torch.cat([self.plan_BPN[prompt], notes], dim=1),
+            torch.cat([self.plan_mask_BP[prompt], mask], dim=1),
+        )
+
+
+def training_window(
+    notes_RVKN: torch.Tensor,
+    written_RV: torch.Tensor,
+    read_round_RT: torch.Tensor,
+    lag_RT: torch.Tensor,
+    num_streams: int,
+    capacity: int,
+    plan_BPN: torch.Tensor | None = None,
+    plan_mask_BP: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The windows of whole rows at once: all notes of a document, and who sees which at every token.
+
+    Args:
+        notes_RVKN (`torch.Tensor` of shape `[R, V, K, N]`): Notes of every row and round.
+        written_RV (`torch.BoolTensor` of shape `[R, V]`): Rounds that exist (and are not dropped).
+        read_round_RT (`torch.LongTensor` of shape `[R, T]`): Round each token predicts for; below 0 sees nothing.
+        lag_RT (`torch.LongTensor`, broadcastable to `[R, T]`): Lag of the reader.
+        num_streams (`int`): S; rows of one document are adjacent.
+        capacity (`int`): Rounds kept readable.
+        plan_BPN, plan_mask_BP (*optional*): Snapshot 0 of each document.
+
+    Returns:
+        `(notes, mask)`: `[B, W, N]`, shared by the rows of a document, and `[R, T, W]`.
+    """
+    rows, rounds, per_block, width = notes_RVKN.shape
+    documents = rows // num_streams
+    device = notes_RVKN.device
+    stream_R = torch.arange(num_streams, device=device).repeat(documents)
+    version_RV = torch.where(written_RV, torch.arange(rounds, device=device), -1)
+    version_BW = version_RV.view(documents, num_streams * rounds)
+    producer_W = torch.arange(num_streams, device=device).repeat_interleave(rounds)
+    mask = visible_notes(
+        stream_R[:, None].expand_as(read_round_RT),
+        read_round_RT,
+        lag_RT.expand_as(read_round_RT),
+        producer_W,
+        version_BW.repeat_interleave(num_streams, dim=0)[:, None, :],
+        capacity,
+    )
+    mask = mask.repeat_interleave(per_block, dim=2)
+    notes = notes_RVKN.reshape(documents, -1, width)
+    if plan_BPN is not None:
+        conditioned = (read_round_RT >= 0)[:, :, None]
+        plan_mask = plan_mask_BP.repeat_interleave(num_streams, dim=0)[:, None, :] & conditioned
+        notes = torch.cat([plan_BPN.to(notes.dtype), notes], dim=1)
+        mask = torch.cat([plan_mask, mask], dim=2)
+    return notes, mask

@@ -1,0 +1,62 @@
+"""Choices of one parallel decoding call, saved in ``generation_config.json``."""
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .configuration_adapter import check_choice, check_range
+
+PLAN_SOURCES = ("trunk", "planner", None)
+RETRY_POLICIES = ("refresh", "temperature")
+
+
+class PDTGenerationConfig(GenerationConfig):
+    """
+    `GenerationConfig` with the choices of parallel decoding. `None` means the value in the model's configuration.
+
+    Args:
+        num_streams (`int`, *optional*): Streams per prompt. Defaults to the number trained with.
+        plan (`str`, *optional*): `"trunk"` (the trunk writes an outline), `"planner"` (the planner head), or `None`
+            (no plan, unless `plan_texts` are given).
+        block_size (`int`, *optional*): Tokens per block.
+        bus_lag (`int`, *optional*): Rounds between writing and reading.
+        bus_capacity (`int`, *optional*): Rounds kept readable.
+        max_retries (`int`, *optional*, defaults to 1): Times a block may be withdrawn and written again.
+        retry_policy (`str`, *optional*, defaults to `"refresh"`): `"refresh"` reads the siblings' newest notes;
+            `"temperature"` additionally halves the sampling temperature at every further attempt.
+        agreement_threshold (`float`, *optional*): A block whose agreement is below is withdrawn. `None`: gate off.
+        gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate; 0 silences it.
+        coverage_threshold (`float`, *optional*, defaults to 0.5): An item at or above counts as covered.
+        outline_max_new_tokens (`int`, *optional*, defaults to 192): Budget of the outline of `plan="trunk"`.
+        kwargs: Fields of `GenerationConfig`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.num_streams = kwargs.pop("num_streams", None)
+        self.plan = kwargs.pop("plan", None)
+        self.block_size = kwargs.pop("block_size", None)
+        self.bus_lag = kwargs.pop("bus_lag", None)
+        self.bus_capacity = kwargs.pop("bus_capacity", None)
+        self.max_retries = kwargs.pop("max_retries", 1)
+        self.retry_policy = kwargs.pop("retry_policy", "refresh")
+        self.agreement_threshold = kwargs.pop("agreement_threshold", None)
+        self.gate_scale = kwargs.pop("gate_scale", 1.0)
+        self.coverage_threshold = kwargs.pop("coverage_threshold", 0.5)
+        self.outline_max_new_tokens = kwargs.pop("outline_max_new_tokens", 192)
+        super().__init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ValueError` for an impossible value, naming field, value and range."""
+        owner = "PDTGenerationConfig"
+        for name in ("num_streams", "block_size", "bus_lag", "bus_capacity"):
+            if getattr(self, name) is not None:
+                check_range(owner, name, getattr(self, name), 1)
+        check_range(owner, "max_retries", self.max_retries, 0)
+        check_range(owner, "gate_scale", self.gate_scale, 0, 10)
+        check_range(owner, "coverage_threshold", self.coverage_threshold, 0, 1)
+        check_range(owner, "outline_max_new_tokens", self.outline_max_new_tokens, 1)
+        if self.agreement_threshold is not None:
+            check_range(owner, "agreement_threshold", self.agreement_threshold, 0, 1)
+        check_choice(owner, "plan", self.plan, PLAN_SOURCES)
+        check_choice(owner, "retry_policy", self.retry_policy, RETRY_POLICIES)

@@ -1,0 +1,401 @@
+"""PDTForParallelDecoding: a frozen trunk, the PDT adapter on it, and parallel decoding.
+
+Letters: R rows, T tokens, W notes of a window, N note width, M supervised positions.
+"""
+
+import os
+import tempfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+
+from .adapter_layer import PDTStack, expand_stream_ids, restrict_to_streams
+from .adapter_model import register_pdt
+from .configuration_adapter import PDTAdapterConfig
+from .configuration_generation import PDTGenerationConfig
+from .configuration_pdt import PDTConfig
+from .generation_pdt import parallel_generate
+from .hub_layout import (
+    AUTO_MAP,
+    HUB_KEYS,
+    TRUNK_SUBFOLDER,
+    copy_code,
+    load_adapter_weights,
+    portable_trunk_name,
+    read_adapter_config,
+    resolve_trunk_name,
+    save_trunk,
+)
+from .note_states import NoteStates
+from .outputs import ParallelGenerateOutput, PDTOutput
+from .rollout import Rollout, agreement_logits, coverage_logits, run_bus
+from .trunk_split import TapState
+
+
+class PDTForParallelDecoding(PreTrainedModel):
+    """
+    A frozen causal LM whose upper layers read other streams' notes.
+
+    Make one with [`from_trunk`] (new adapters) or [`from_pretrained`] (trained adapters).
+
+    Args:
+        config (`PDTConfig`): Trunk reference and block protocol.
+        peft (`PeftModel`): The trunk with an injected PDT adapter.
+    """
+
+    config_class = PDTConfig
+    base_model_prefix = "peft"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _no_split_modules = None
+
+    def __init__(self, config: PDTConfig, peft: PeftModel | None = None) -> None:
+        if peft is None:
+            raise ValueError(
+                "PDTForParallelDecoding needs a trunk: use PDTForParallelDecoding.from_trunk(trunk) for new adapters, "
+                "or from_pretrained(folder_or_repo) for trained ones."
+            )
+        super().__init__(config)
+        self.peft = peft
+        config.attach_adapter(peft.active_peft_config)
+        self.generation_config = PDTGenerationConfig(
+            **{
+                key: value
+                for key, value in (self.trunk.generation_config.to_dict() if self.trunk.generation_config else {}).items()
+                if key in ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
+                and value is not None
+            }
+        )
+
+    @classmethod
+    def from_trunk(
+        cls,
+        trunk: nn.Module | str,
+        adapter_config: PDTAdapterConfig | None = None,
+        adapter_name: str = "default",
+        **overrides: Any,
+    ) -> "PDTForParallelDecoding":
+        """
+        New, untrained adapters on a trunk, which is frozen and wrapped in place.
+
+        Args:
+            trunk (`nn.Module` or `str`): A causal LM, or the name or path of one.
+            adapter_config (`PDTAdapterConfig`, *optional*): Shapes and starts; default for every field.
+            adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
+            overrides: Fields of `PDTAdapterConfig`, `PDTConfig` or `PDTGenerationConfig`; each goes to its owner.
+
+        Raises:
+            ValueError: For an unknown or impossible field, or a trunk that cannot be wrapped.
+        """
+        register_pdt()
+        adapter_fields = set(PDTAdapterConfig.__dataclass_fields__) - {"target_modules", "peft_type"}
+        generation_fields = set(vars(PDTGenerationConfig()))
+        owned = {"adapter": {}, "model": {}, "generation": {}}
+        for key, value in overrides.items():
+            if key in PDTConfig.own_fields():
+                owned["model"][key] = value
+            elif key in adapter_fields:
+                owned["adapter"][key] = value
+            elif key in generation_fields:
+                owned["generation"][key] = value
+            else:
+                raise ValueError(f"{key!r} is no field of PDTAdapterConfig, PDTConfig or PDTGenerationConfig.")
+        if isinstance(trunk, str):
+            trunk = AutoModelForCausalLM.from_pretrained(trunk)
+        values = {} if adapter_config is None else {**adapter_config.to_dict()}
+        values = {key: value for key, value in {**values, **owned["adapter"]}.items() if key != "peft_type"}
+        peft = get_peft_model(trunk, PDTAdapterConfig(**values), adapter_name=adapter_name)
+        config = PDTConfig(
+            **{
+                "trunk_name_or_path": portable_trunk_name(trunk.config._name_or_path),
+                "trunk_revision": getattr(trunk.config, "_commit_hash", None),
+                "trunk_config": trunk.config.to_dict(),
+                **owned["model"],
+            }
+        )
+        model = cls(config, peft)
+        for key, value in owned["generation"].items():
+            setattr(model.generation_config, key, value)
+        model.generation_config.check()
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        trunk: nn.Module | None = None,
+        config: PDTConfig | None = None,
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> "PDTForParallelDecoding":
+        """
+        Trained adapters, and the trunk they were trained on.
+
+        Args:
+            pretrained_model_name_or_path (`str`): Folder or Hub repository.
+            trunk (`nn.Module`, *optional*): A loaded trunk; default: the one that `config.json` names.
+            config (`PDTConfig`, *optional*): A ready configuration.
+            is_trainable (`bool`, *optional*, defaults to `False`): Leave the adapters trainable.
+            kwargs: Hub arguments, and arguments of the trunk's `from_pretrained` (`dtype`, `device_map`,
+                `attn_implementation`, `quantization_config`, ...); fields of `PDTConfig` override the saved ones.
+
+        Raises:
+            ValueError: For an adapter that does not fit: missing, additional or misshapen tensors, unknown keys.
+        """
+        register_pdt()
+        source = str(pretrained_model_name_or_path)
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KEYS if kwargs.get(key) is not None}
+        for key in ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash", "code_revision", *HUB_KEYS):
+            kwargs.pop(key, None)
+        if config is None:
+            config = PDTConfig.from_pretrained(source, **hub_kwargs)
+        for key in [key for key in kwargs if key in PDTConfig.own_fields()]:
+            setattr(config, key, kwargs.pop(key))
+        trunk_kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        if trunk is None:
+            trunk = load_trunk(config, source, hub_kwargs, trunk_kwargs)
+        elif trunk_kwargs:
+            raise ValueError(f"{sorted(trunk_kwargs)} are arguments for loading a trunk, but trunk= was given.")
+        adapter_config = read_adapter_config(source, config.adapter_subfolder, hub_kwargs)
+        adapter_config.inference_mode = not is_trainable
+        peft = get_peft_model(trunk, adapter_config)
+        load_adapter_weights(peft, "default", source, config.adapter_subfolder, hub_kwargs)
+        model = cls(config, peft)
+        model.generation_config = PDTGenerationConfig.from_pretrained(source, **hub_kwargs)
+        model.config._name_or_path = source
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        include_trunk: bool = False,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Writes `config.json`, code, `generation_config.json` and `adapter/`; the trunk only when asked.
+
+        Args:
+            save_directory (`str`): Created if missing.
+            include_trunk (`bool`, *optional*, defaults to `False`): Also write `trunk/` and refer to it.
+            is_main_process (`bool`, *optional*, defaults to `True`): Only the main process writes.
+            state_dict (`dict`, *optional*): State to save in place of the model's own (gathered by a sharded trainer).
+            push_to_hub (`bool`, *optional*, defaults to `False`): Upload to `kwargs["repo_id"]` afterwards.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory must be a folder, got the file {folder}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        config = PDTConfig.from_dict({**self.config.to_dict(), "auto_map": AUTO_MAP})
+        if include_trunk:
+            save_trunk(self.trunk, folder / TRUNK_SUBFOLDER)
+            config.trunk_name_or_path, config.trunk_revision = TRUNK_SUBFOLDER, None
+        config.architectures = [type(self).__name__]
+        config.auto_map = dict(AUTO_MAP)
+        config.save_pretrained(folder)
+        copy_code(folder)
+        self.generation_config.save_pretrained(folder)
+        adapter_state = None
+        if state_dict is not None:
+            adapter_state = {key.removeprefix("peft."): value for key, value in state_dict.items()}
+        self.peft.save_pretrained(
+            str(folder / config.adapter_subfolder),
+            selected_adapters=[self.stack.active],
+            save_embedding_layers=False,
+            **({} if adapter_state is None else {"state_dict": adapter_state}),
+        )
+        if push_to_hub:
+            self._upload(folder, kwargs)
+
+    def push_to_hub(self, repo_id: str, include_trunk: bool = False, **kwargs: Any) -> str:
+        """Saves to a temporary folder and uploads it to `repo_id`; returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include_trunk=include_trunk)
+            return self._upload(Path(folder), {"repo_id": repo_id, **kwargs})
+
+    @staticmethod
+    def _upload(folder: Path, kwargs: dict[str, Any]) -> str:
+        api = HfApi(token=kwargs.get("token"))
+        repo = api.create_repo(kwargs["repo_id"], private=kwargs.get("private"), exist_ok=True)
+        message = kwargs.get("commit_message", "Upload PDT adapters")
+        return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message))
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The causal LM, its stack wrapped."""
+        return self.peft.get_base_model()
+
+    @property
+    def stack(self) -> PDTStack:
+        """The trunk's stack with the adapters."""
+        return getattr(self.trunk, self.trunk.base_model_prefix)
+
+    def pdt_parameters(self) -> dict[str, nn.Parameter]:
+        """The active adapter's parameters by name; nothing else is ever trained."""
+        marker = f".{self.stack.active}."
+        return {name: p for name, p in self.peft.named_parameters() if "pdt_" in name and marker in name}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The trunk's input embeddings."""
+        return self.trunk.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The trunk's language-model head."""
+        return self.trunk.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Checkpoints the trunk's decoder layers; conditioning happens between them."""
+        self.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undoes [`gradient_checkpointing_enable`]."""
+        self.trunk.gradient_checkpointing_disable()
+
+    def disable_adapter(self) -> AbstractContextManager:
+        """Context in which the model is its trunk."""
+        return self.peft.disable_adapter()
+
+    def project_notes(
+        self, notes: torch.Tensor, notes_mask: torch.Tensor, gate_scale: float | torch.Tensor = 1.0
+    ) -> NoteStates:
+        """See [`PDTStack.project_notes`]."""
+        return self.stack.project_notes(notes, notes_mask, gate_scale)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        stream_ids: torch.Tensor | None = None,
+        notes: torch.Tensor | None = None,
+        notes_mask: torch.Tensor | None = None,
+        note_states: NoteStates | None = None,
+        rollout: Rollout | None = None,
+        labels: torch.Tensor | None = None,
+        logits_mask: torch.Tensor | None = None,
+        tap: TapState | None = None,
+        gate_scale: float = 1.0,
+        output_hidden_states: bool = False,
+        planner_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PDTOutput:
+        """
+        One conditioned pass of the trunk with all heads that the arguments ask for.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[R, T]`): Tokens; not needed with `tap`.
+            attention_mask (`torch.Tensor` of shape `[R, past + T]`, *optional*): 1 for real tokens.
+            position_ids (`torch.LongTensor` of shape `[R, T]`, *optional*): Default: counted over real tokens.
+            past_key_values (`Cache`, *optional*): Updated in place.
+            stream_ids (`torch.LongTensor` of shape `[R]` or `[R, T]`, *optional*): Stream, -1 for none. Tokens without
+                a stream are not conditioned. `None`: no stream adapters, notes read everywhere.
+            notes (`torch.Tensor` of shape `[R, W, N]`, *optional*), notes_mask (*optional*, `[R, W]` or `[R, T, W]`):
+                A ready window.
+            note_states (`NoteStates`, *optional*): The same, projected by [`project_notes`].
+            rollout (`Rollout`, *optional*): Rows write their own notes and read their siblings'.
+            labels (`torch.LongTensor` of shape `[R, T]`, *optional*): Equal to `input_ids`, -100 where not supervised.
+            logits_mask (`torch.BoolTensor` of shape `[R, T]`, *optional*): Positions whose logits are wanted.
+            tap (`TapState`, *optional*): Lower half of an earlier forward over the same rows.
+            gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate.
+            output_hidden_states (`bool`, *optional*): Return the upper layers' inputs.
+            planner_mask (`torch.BoolTensor` of shape `[R, T]`, *optional*): Prompt tokens; runs the planner head.
+        """
+        if sum(part is not None for part in (notes, note_states, rollout)) > 1:
+            raise ValueError("Give at most one of notes, note_states and rollout.")
+        if tap is None:
+            if position_ids is None and attention_mask is not None and past_key_values is None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            tap = self.stack.lower(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                layer_kwargs=kwargs,
+            )
+        stream_ids = expand_stream_ids(stream_ids, tap.hidden)
+        if notes is not None:
+            if notes_mask is None:
+                notes_mask = torch.ones(notes.shape[:2], dtype=torch.bool, device=notes.device)
+            note_states = self.project_notes(notes, restrict_to_streams(notes_mask, stream_ids), gate_scale)
+        output = PDTOutput(tap=tap, past_key_values=past_key_values)
+        if rollout is not None:
+            note_states = self._run_rollout(tap, rollout, stream_ids, gate_scale, output)
+        if planner_mask is not None:
+            output.planner_logits = self.stack.heads.planner(tap.hidden.detach(), planner_mask.bool())
+        collect = [] if output_hidden_states else None
+        hidden = self.stack.upper(tap, note_states, stream_ids, collect)
+        if torch.is_grad_enabled():
+            hidden = hidden + self._anchor().to(hidden)
+        output.hidden_states = (*collect, hidden) if output_hidden_states else None
+        output.logits = self.get_output_embeddings()(hidden if logits_mask is None else hidden[logits_mask])
+        if labels is not None:
+            if logits_mask is not None:
+                raise ValueError("labels need the logits of every position; give no logits_mask.")
+            output.loss = nn.functional.cross_entropy(
+                output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(output.logits.device)
+            )
+        return output
+
+    def _run_rollout(
+        self,
+        tap: TapState,
+        rollout: Rollout,
+        stream_ids: torch.Tensor | None,
+        gate_scale: float,
+        output: PDTOutput,
+    ) -> NoteStates:
+        bus = run_bus(self.stack, tap, rollout, gate_scale)
+        output.notes, output.speculation = bus.teacher_RVKN, bus.written_RVKN
+        if rollout.wants_coverage or rollout.wants_agreement:
+            output.coverage_logits = coverage_logits(self.stack, tap, rollout, bus)
+        if rollout.wants_agreement:
+            output.agreement_logits = agreement_logits(self.stack, tap, rollout, bus, output.coverage_logits)
+        if stream_ids is not None:
+            output.stream_logits = self.stack.heads.stream(tap.hidden.detach(), rollout.write_round_RT >= 0)
+        return bus.note_states
+
+    def _anchor(self) -> torch.Tensor:
+        """Zero, with every trainable parameter in its graph: no step leaves one without a gradient."""
+        trainable = [p for p in self.pdt_parameters().values() if p.requires_grad]
+        if not trainable:
+            return torch.zeros(())
+        return 0.0 * torch.stack([p.sum() for p in trainable]).sum()
+
+    @torch.no_grad()
+    def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> ParallelGenerateOutput | torch.Tensor:
+        """
+        Writes `num_streams` sections per prompt at the same time; see [`parallel_generate`] for the arguments.
+
+        Returns:
+            [`ParallelGenerateOutput`], or its `sequences` with `return_dict_in_generate=False` (the default).
+        """
+        return parallel_generate(self, input_ids, **kwargs)
+
+
+def load_trunk(config: PDTConfig, source: str, hub_kwargs: dict[str, Any], trunk_kwargs: dict[str, Any]) -> nn.Module:
+    """The trunk that `config.json` names, loaded with the caller's arguments; never with an explicit `None`."""
+    name = resolve_trunk_name(config, source)
+    arguments = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+    if name == TRUNK_SUBFOLDER and not os.path.isdir(name):
+        name, arguments["subfolder"] = source, TRUNK_SUBFOLDER
+        arguments.update({key: hub_kwargs[key] for key in ("revision",) if key in hub_kwargs})
+    elif config.trunk_revision is not None:
+        arguments["revision"] = config.trunk_revision
+    for key in ("_attn_implementation", "_experts_implementation"):
+        value = config.__dict__.get(f"{key}_internal")
+        if value is not None:
+            trunk_kwargs.setdefault(key.removeprefix("_"), value)
+    return AutoModelForCausalLM.from_pretrained(name, **arguments, **trunk_kwargs)

@@ -1,0 +1,39 @@
+"""NoteStates: the visible window as the instrumented layers use it, a forward argument of the upper trunk."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class NoteStates:
+    """
+    Keys, values and mask of a window of notes, projected once per round for every SNC site.
+
+    Letters: R rows, G groups of `rows_per_group` adjacent rows that share one window, H heads, W notes, T tokens.
+
+    Args:
+        keys, values (`tuple[torch.Tensor]`): Per site, of shape `[G, H, W, head_dim]`.
+        mask (`torch.BoolTensor` of shape `[R, W]` or `[R, T, W]`): What each row (and token) may read.
+        rows_per_group (`int`, *optional*, defaults to 1): R / G.
+        gate_scale (`float` or `torch.Tensor` of shape `[R]`, *optional*, defaults to 1.0): Multiplies the gate.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    mask: torch.Tensor
+    rows_per_group: int = 1
+    gate_scale: float | torch.Tensor = 1.0
+
+    def select_rows(self, rows: torch.Tensor) -> "NoteStates":
+        """The states of `rows` only; requires one window per row."""
+        if self.rows_per_group != 1:
+            raise ValueError(f"rows_per_group must be 1 to select rows, got {self.rows_per_group}.")
+        scale = self.gate_scale[rows] if torch.is_tensor(self.gate_scale) else self.gate_scale
+        return replace(
+            self,
+            keys=tuple(key[rows] for key in self.keys),
+            values=tuple(value[rows] for value in self.values),
+            mask=self.mask[rows],
+            gate_scale=scale,
+        )

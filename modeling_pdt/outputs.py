@@ -1,0 +1,125 @@
+"""What the model returns: one training or scoring forward, and one parallel decoding call.
+
+Letters: R rows, T tokens, V rounds, K notes per block, N note width, P plan items, S streams.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.utils import ModelOutput
+
+from .trunk_split import TapState
+
+TRACE_SCHEMA_VERSION = "1.0"
+
+
+@dataclass
+class PDTOutput(ModelOutput):
+    """
+    Result of [`PDTForParallelDecoding.forward`]; a field is `None` where its inputs were not given.
+
+    Args:
+        loss (`torch.Tensor`): Shifted cross-entropy over labels that are not -100.
+        logits (`torch.Tensor` of shape `[R, T, vocab]`, or `[M, vocab]` with a `logits_mask`): Next-token logits.
+        planner_logits (`torch.Tensor` of shape `[R, P, plan_vocab_size]`): Plan buckets predicted from the prompt.
+        notes (`torch.Tensor` of shape `[R, V, K, N]`): Teacher notes, encoded from text.
+        speculation (`torch.Tensor` of shape `[R, V, K, N]`): Notes that the streams wrote themselves.
+        agreement_logits (`torch.Tensor` of shape `[R, V]`): Per block: may it stand?
+        coverage_logits (`torch.Tensor` of shape `[R, V, P]`): Per round and plan item: covered so far?
+        stream_logits (`torch.Tensor` of shape `[R, S]`): Which stream wrote the row.
+        past_key_values (`Cache`): The cache given, updated.
+        hidden_states (`tuple[torch.Tensor]`): Inputs of the upper layers and the final state.
+        tap (`TapState`): The trunk between its halves, to be passed to a second forward over the same rows.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    planner_logits: torch.Tensor | None = None
+    notes: torch.Tensor | None = None
+    speculation: torch.Tensor | None = None
+    agreement_logits: torch.Tensor | None = None
+    coverage_logits: torch.Tensor | None = None
+    stream_logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    tap: TapState | None = None
+
+
+@dataclass
+class StreamResult:
+    """
+    One stream of one answer.
+
+    Args:
+        name (`str`): `"stream_0"`, `"stream_1"`, ...
+        token_ids (`list[int]`): The section's committed tokens, EOS included when it was met.
+        blocks (`list[tuple[int, int]]`): Token range of each committed block.
+        coverage (`dict[int, float]`): Probability per plan item index that the section covers it.
+        retries (`int`): Blocks that were withdrawn and written again.
+        finished (`bool`): Whether the section ended with EOS (otherwise by the length limit).
+    """
+
+    name: str
+    token_ids: list[int]
+    blocks: list[tuple[int, int]]
+    coverage: dict[int, float]
+    retries: int
+    finished: bool
+
+
+@dataclass
+class DecodingTrace:
+    """
+    What happened in a decoding call, in order.
+
+    Args:
+        settings (`dict`): Choices of the call, after defaults.
+        events (`list[dict]`): One dictionary per event with `kind` one of `"plan"`, `"note"`, `"gate"`, `"commit"`,
+            `"rollback"`, with prompt, stream, round and attempt.
+        timings (`dict[str, float]`): Seconds by part of the call.
+        calls (`int`): Trunk calls after the prefill.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    calls: int = 0
+
+    def add(self, kind: str, **values: Any) -> None:
+        """Appends one event."""
+        self.events.append({"kind": kind, **values})
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind, in order."""
+        return [event for event in self.events if event["kind"] == kind]
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The trace as plain JSON values, with its schema version."""
+        return {
+            "schema_version": TRACE_SCHEMA_VERSION,
+            "settings": dict(self.settings),
+            "calls": self.calls,
+            "timings": dict(self.timings),
+            "events": [dict(event) for event in self.events],
+        }
+
+
+@dataclass
+class ParallelGenerateOutput(ModelOutput):
+    """
+    Result of [`PDTForParallelDecoding.generate`].
+
+    Args:
+        sequences (`torch.LongTensor` of shape `[prompts * streams, T]`): Prompt, header and section of every row,
+            left-padded, padded after EOS; rows of one prompt are adjacent.
+        streams (`list[list[StreamResult]]`): Per prompt, per stream.
+        merged (`list[torch.LongTensor]`): Per prompt, headers and sections in plan order, without EOS.
+        trace (`DecodingTrace`): What happened.
+    """
+
+    sequences: torch.Tensor | None = None
+    streams: list[list[StreamResult]] | None = None
+    merged: list[torch.Tensor] | None = None
+    trace: DecodingTrace | None = None

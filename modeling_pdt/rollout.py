@@ -1,0 +1,207 @@
+"""Training and scoring of whole rows: notes of all blocks at once, and what every token may read.
+
+Letters: R rows, B documents, S streams, T tokens, V rounds, L tokens of a block or text, K notes per block, N note
+width, P plan items, D trunk width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .adapter_layer import PDTStack
+from .bus import training_window
+from .heads import soft_minimum
+from .note_states import NoteStates
+from .trunk_split import TapState
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    How rows of adjacent siblings write and read notes in one forward.
+
+    Args:
+        num_streams (`int`): S; rows of one document are adjacent.
+        block_size (`int`): Tokens per block.
+        capacity (`int`): Rounds kept readable.
+        write_round_RT (`torch.LongTensor` of shape `[R, T]`): Round of the section token that a position consumes, -1
+            for prompt, header and padding.
+        read_round_RT (`torch.LongTensor` of shape `[R, T]`): Round of the token that a position predicts, -1 for
+            prompt and padding.
+        lag_R1 (`torch.LongTensor` of shape `[R, 1]`): Lag of each reader.
+        item_ids_BPL, item_mask_BPL (*optional*): Tokens of the plan items; an item without tokens is absent.
+        plan_slots_BP, plan_mask_BP (*optional*): Planner buckets, where snapshot 0 is to come from them.
+        note_ids_RVL, note_mask_RVL (*optional*): Tokens of the true notes of every block, for teacher notes.
+        teacher_RV (`torch.BoolTensor` of shape `[R, V]`, *optional*): Blocks whose published note is the teacher's.
+        keep_RV (`torch.BoolTensor` of shape `[R, V]`, *optional*): Blocks whose note is published at all.
+        perturbation_RVKN (`torch.Tensor`, *optional*): Added to the published notes.
+        donor_R (`torch.LongTensor` of shape `[R]`, *optional*): Row whose notes are published in place of each row's.
+        wants_coverage, wants_agreement (`bool`): Heads to run.
+    """
+
+    num_streams: int
+    block_size: int
+    capacity: int
+    write_round_RT: torch.Tensor
+    read_round_RT: torch.Tensor
+    lag_R1: torch.Tensor
+    item_ids_BPL: torch.Tensor | None = None
+    item_mask_BPL: torch.Tensor | None = None
+    plan_slots_BP: torch.Tensor | None = None
+    plan_mask_BP: torch.Tensor | None = None
+    note_ids_RVL: torch.Tensor | None = None
+    note_mask_RVL: torch.Tensor | None = None
+    teacher_RV: torch.Tensor | None = None
+    keep_RV: torch.Tensor | None = None
+    perturbation_RVKN: torch.Tensor | None = None
+    donor_R: torch.Tensor | None = None
+    wants_coverage: bool = False
+    wants_agreement: bool = False
+
+    @property
+    def rounds(self) -> int:
+        """V: rounds that any row of the batch writes."""
+        return max(1, int(self.write_round_RT.max()) + 1)
+
+
+@dataclass(frozen=True)
+class BusRollout:
+    """Notes, window and plan of a batch of whole rows; see [`Rollout`] for the letters."""
+
+    note_states: NoteStates
+    written_RVKN: torch.Tensor
+    teacher_RVKN: torch.Tensor | None
+    published_RVKN: torch.Tensor
+    exists_RV: torch.Tensor
+    plan_BPN: torch.Tensor | None
+    plan_mask_BP: torch.Tensor | None
+
+
+def encode_texts(stack: PDTStack, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Tap states `[M, L, D]` of M short texts given as right-padded tokens `[M, L]`; without gradient to the trunk."""
+    with torch.no_grad():
+        return stack.lower(input_ids=ids, attention_mask=mask.long()).hidden
+
+
+def plan_vectors(stack: PDTStack, rollout: Rollout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Snapshot 0 `[B, P, N]` and its mask: from item texts, else from planner buckets, else none."""
+    heads = stack.heads
+    if rollout.item_ids_BPL is not None:
+        documents, items, length = rollout.item_ids_BPL.shape
+        mask = rollout.item_mask_BPL.bool().view(-1, length)
+        present = mask.any(dim=1)
+        vectors = torch.zeros(documents * items, heads.note_norm.weight.shape[0], device=mask.device)
+        if bool(present.any()):
+            states = encode_texts(stack, rollout.item_ids_BPL.view(-1, length)[present], mask[present])
+            vectors = vectors.masked_scatter(present[:, None], heads.encode_items(states, mask[present]))
+        return vectors.view(documents, items, -1), present.view(documents, items)
+    if rollout.plan_slots_BP is not None:
+        return heads.embed_slots(rollout.plan_slots_BP), rollout.plan_mask_BP.bool()
+    return None, None
+
+
+def gather_blocks(states_RTD: torch.Tensor, write_round_RT: torch.Tensor, block_size: int, rounds: int):
+    """
+    Section tokens by block.
+
+    Returns:
+        `(states, mask)` of shapes `[R, V, block_size, D]` and `[R, V, block_size]`.
+    """
+    rows, tokens, width = states_RTD.shape
+    written = write_round_RT >= 0
+    start_R = written.int().argmax(dim=1)
+    index = start_R[:, None] + torch.arange(rounds * block_size, device=states_RTD.device)
+    inside = index < tokens
+    index = index.clamp(max=tokens - 1)
+    mask = inside & written.gather(1, index)
+    states = states_RTD.gather(1, index[..., None].expand(-1, -1, width))
+    shape = (rows, rounds, block_size)
+    return states.view(*shape, width), mask.view(shape)
+
+
+def write_notes(stack: PDTStack, tap: TapState, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Notes `[R, V, K, N]` that every row writes about each of its blocks, and which blocks exist `[R, V]`."""
+    states, mask = gather_blocks(tap.hidden.detach(), rollout.write_round_RT, rollout.block_size, rollout.rounds)
+    notes = stack.heads.write(states.flatten(0, 1), mask.flatten(0, 1), rollout.block_size)
+    return notes.view(*mask.shape[:2], *notes.shape[1:]), mask.any(dim=2)
+
+
+def teacher_notes(stack: PDTStack, rollout: Rollout) -> torch.Tensor | None:
+    """Notes `[R, V, K, N]` encoded from the true notes' text; zeros for a block without text."""
+    if rollout.note_ids_RVL is None:
+        return None
+    rows, rounds, length = rollout.note_ids_RVL.shape
+    mask = rollout.note_mask_RVL.bool().view(-1, length)
+    present = mask.any(dim=1)
+    states = encode_texts(stack, rollout.note_ids_RVL.view(-1, length)[present], mask[present])
+    notes = stack.heads.encode(states, mask[present])
+    full = notes.new_zeros(rows * rounds, *notes.shape[1:]).masked_scatter(present[:, None, None], notes)
+    return full.view(rows, rounds, *notes.shape[1:])
+
+
+def run_bus(stack: PDTStack, tap: TapState, rollout: Rollout, gate_scale: float = 1.0) -> BusRollout:
+    """Writes every row's notes, mixes in the teacher's, and projects what each token may read."""
+    written, exists = write_notes(stack, tap, rollout)
+    teacher = teacher_notes(stack, rollout)
+    published = written
+    if rollout.teacher_RV is not None and teacher is not None:
+        published = torch.where(rollout.teacher_RV[..., None, None], teacher, written)
+    if rollout.perturbation_RVKN is not None:
+        published = published + rollout.perturbation_RVKN
+    plan, plan_mask = plan_vectors(stack, rollout)
+    on_bus = exists if rollout.keep_RV is None else exists & rollout.keep_RV
+    if rollout.donor_R is not None:
+        published, on_bus = published[rollout.donor_R], on_bus[rollout.donor_R]
+    notes, mask = training_window(
+        published,
+        on_bus,
+        rollout.read_round_RT,
+        rollout.lag_R1,
+        rollout.num_streams,
+        rollout.capacity,
+        plan,
+        plan_mask,
+    )
+    note_states = stack.project_notes(notes, mask, gate_scale)
+    return BusRollout(note_states, written, teacher, published, exists, plan, plan_mask)
+
+
+def coverage_logits(stack: PDTStack, tap: TapState, rollout: Rollout, bus: BusRollout) -> torch.Tensor | None:
+    """Coverage `[R, V, P]` of every plan item by the row's own text up to the end of each round."""
+    if bus.plan_BPN is None:
+        return None
+    rounds = torch.arange(rollout.rounds, device=tap.hidden.device)[None, :, None]
+    write_round = rollout.write_round_RT[:, None, :]
+    upto = (write_round >= 0) & (write_round <= rounds)
+    items = bus.plan_BPN.repeat_interleave(rollout.num_streams, dim=0)
+    return stack.heads.coverage(tap.hidden.detach(), upto, items)
+
+
+def agreement_logits(
+    stack: PDTStack, tap: TapState, rollout: Rollout, bus: BusRollout, coverage_RVP: torch.Tensor | None
+) -> torch.Tensor:
+    """Agreement `[R, V]` of every block with the siblings' notes up to and including its own round."""
+    states = tap.hidden.detach()
+    previous = torch.nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
+    write_round = rollout.write_round_RT
+    notes, mask = training_window(
+        bus.published_RVKN.detach(),
+        bus.exists_RV if rollout.keep_RV is None else bus.exists_RV & rollout.keep_RV,
+        write_round,
+        torch.zeros_like(rollout.lag_R1),
+        rollout.num_streams,
+        rollout.capacity,
+        None if bus.plan_BPN is None else bus.plan_BPN.detach(),
+        bus.plan_mask_BP,
+    )
+    index = write_round.clamp(min=0)
+    own = bus.written_RVKN.detach().mean(dim=2)
+    own = own.gather(1, index[..., None].expand(-1, -1, own.shape[-1]))
+    coverage = torch.zeros_like(index, dtype=own.dtype)
+    if coverage_RVP is not None:
+        items = bus.plan_mask_BP.repeat_interleave(rollout.num_streams, dim=0)[:, None].float()
+        mean = (coverage_RVP.detach().sigmoid() * items).sum(-1) / items.sum(-1).clamp(min=1)
+        coverage = mean.gather(1, index)
+    logits = stack.heads.agreement.token_logits(states, previous, notes, mask, own, coverage)
+    rounds = torch.arange(rollout.rounds, device=states.device)[None, :, None]
+    return soft_minimum(logits, write_round[:, None, :] == rounds)

@@ -1,0 +1,178 @@
+"""The trunk in two exact halves: `run_lower` up to a layer, `run_upper` from there to the final norm.
+
+Letters: R rows, T tokens, D trunk width.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+STACK_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+@dataclass(frozen=True)
+class TapState:
+    """
+    The trunk between its halves: the states at the tap and what the upper layers need besides.
+
+    Args:
+        hidden (`torch.Tensor` of shape `[R, T, D]`): Input of the first upper layer.
+        position_ids (`torch.LongTensor` of shape `[R, T]`): Positions of the tokens.
+        position_embeddings (`tuple[torch.Tensor]`): Rotary embeddings of these positions.
+        masks (`dict[str, torch.Tensor | None]`): Attention mask by layer type.
+        cache (`Cache`, *optional*): Cache whose lower layers have been updated.
+        split (`int`): Index of the first upper layer.
+        layer_kwargs (`dict`): Further keyword arguments for every decoder layer.
+    """
+
+    hidden: torch.Tensor
+    position_ids: torch.Tensor
+    position_embeddings: Any
+    masks: dict[str, torch.Tensor | None]
+    cache: Cache | None
+    split: int
+    layer_kwargs: dict[str, Any]
+
+    def detach(self) -> "TapState":
+        """The same state outside any graph."""
+        return replace(self, hidden=self.hidden.detach())
+
+
+def layer_types(config: Any) -> list[str]:
+    """Attention type of every decoder layer."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+        types = types * config.num_hidden_layers
+    return list(types)
+
+
+def check_trunk(trunk: nn.Module) -> str:
+    """
+    The attribute name of the trunk's stack of decoder layers, if this trunk can be split.
+
+    Raises:
+        ValueError: Naming what the trunk lacks.
+    """
+    name = getattr(trunk, "base_model_prefix", "") or "model"
+    stack = getattr(trunk, name, None)
+    stack = getattr(stack, "base_layer", stack)
+    missing = [part for part in STACK_PARTS if not hasattr(stack, part)]
+    if stack is None or missing:
+        raise ValueError(
+            f"{type(trunk).__name__} cannot be wrapped: its '{name}' must be a stack of decoder layers with "
+            f"{list(STACK_PARTS)}; missing: {missing or [name]}."
+        )
+    if trunk.get_output_embeddings() is None:
+        raise ValueError(f"{type(trunk).__name__} cannot be wrapped: it has no language-model head.")
+    config = trunk.config.get_text_config(decoder=True)
+    unknown = sorted(set(layer_types(config)) - set(MASK_MAKERS))
+    if unknown:
+        raise ValueError(
+            f"{type(trunk).__name__} cannot be wrapped: layer types {unknown} are not of {sorted(MASK_MAKERS)}."
+        )
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            raise ValueError(f"{type(trunk).__name__} cannot be wrapped: config.{field} changes the logits.")
+    if "layer_type" in inspect.signature(stack.rotary_emb.forward).parameters:
+        raise ValueError(f"{type(trunk).__name__} cannot be wrapped: its rotary embedding differs by layer type.")
+    return name
+
+
+def run_layers(stack: nn.Module, hidden: torch.Tensor, state: TapState, first: int, last: int) -> torch.Tensor:
+    """Decoder layers `first` to `last - 1` of the trunk on `hidden` `[R, T, D]`."""
+    types = layer_types(stack.config)
+    for index in range(first, last):
+        hidden = stack.layers[index](
+            hidden,
+            attention_mask=state.masks[types[index]],
+            position_embeddings=state.position_embeddings,
+            position_ids=state.position_ids,
+            past_key_values=state.cache,
+            use_cache=state.cache is not None,
+            **state.layer_kwargs,
+        )
+    return hidden
+
+
+def run_lower(
+    stack: nn.Module,
+    split: int,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | dict | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    layer_kwargs: dict[str, Any] | None = None,
+) -> TapState:
+    """
+    Embedding and layers below `split`.
+
+    Args:
+        stack (`nn.Module`): The trunk's decoder stack (not the causal LM).
+        split (`int`): Index of the first upper layer, 0 to the number of layers.
+        input_ids (`torch.LongTensor` of shape `[R, T]`, *optional*), inputs_embeds (*optional*): Exactly one of them.
+        attention_mask (`torch.Tensor` of shape `[R, past + T]`, *optional*): 1 for real tokens; or a mapping of
+            ready masks by layer type.
+        position_ids (`torch.LongTensor` of shape `[R, T]`, *optional*): Default: counted from the cache's length.
+        past_key_values (`Cache`, *optional*): Updated in place.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    hidden = stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    if position_ids is None:
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device).unsqueeze(0)
+    masks = attention_mask if isinstance(attention_mask, dict) else {}
+    if not masks:
+        masks = {
+            kind: MASK_MAKERS[kind](
+                config=stack.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind in sorted(set(layer_types(stack.config)))
+        }
+    embeddings = stack.rotary_emb(hidden, position_ids)
+    state = TapState(hidden, position_ids, embeddings, masks, past_key_values, split, layer_kwargs or {})
+    return replace(state, hidden=run_layers(stack, hidden, state, 0, split))
+
+
+def run_upper(
+    stack: nn.Module,
+    tap: TapState,
+    between: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+    collect: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Layers from the split on, and the final norm.
+
+    Args:
+        stack (`nn.Module`): The trunk's decoder stack.
+        tap (`TapState`): From [`run_lower`]; its cache's upper layers are updated in place.
+        between (`Callable`, *optional*): `between(i, hidden)` is applied to the input of layer i, and with i = the
+            number of layers to the output of the last one. It runs outside the layers, so a layer recomputed for
+            gradient checkpointing receives its result as an ordinary input.
+        collect (`list`, *optional*): Receives the input of every upper layer.
+
+    Returns:
+        `torch.Tensor` of shape `[R, T, D]`: what the language-model head reads.
+    """
+    hidden = tap.hidden
+    last = len(stack.layers)
+    for index in range(tap.split, last):
+        hidden = between(index, hidden) if between is not None else hidden
+        if collect is not None:
+            collect.append(hidden)
+        hidden = run_layers(stack, hidden, tap, index, index + 1)
+    hidden = between(last, hidden) if between is not None else hidden
+    return stack.norm(hidden)
