@@ -23,7 +23,7 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     taken = {part for name, _ in model.named_modules() for part in name.split(".")}
     taken |= {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()}
     taken |= parameter_path_components()
-    taken -= set(getattr(model, "peft_config", {}))
+    taken -= set(getattr(model, "peft_config", {})) - {adapter_name}
     if adapter_name in taken or adapter_name.isdigit() or "." in adapter_name or adapter_name.startswith("pdt"):
         raise ValueError(
             f"adapter_name must not be a component of a parameter name, contain '.', or start with 'pdt', "

@@ -13,7 +13,7 @@ def visible_notes(
     producer: torch.Tensor,
     version: torch.Tensor,
     capacity: int,
-    include_self: bool = False,
+    own_notes: bool = False,
 ) -> torch.Tensor:
     """
     The one visibility rule, used by training and decoding.
@@ -28,16 +28,15 @@ def visible_notes(
         producer, version (`torch.Tensor` of shape `[..., W]`): Stream and round of each note; a version below 0 marks
             an empty place.
         capacity (`int`): Rounds kept readable.
-        include_self (`bool`, *optional*, defaults to `False`): Also show the reader's own notes.
+        own_notes (`bool`, *optional*, defaults to `False`): The reader's own notes in place of its siblings'.
 
     Returns:
         `torch.BoolTensor` of shape `[..., W]`.
     """
     newest = (read_round - lag).unsqueeze(-1)
     seen = (version >= 0) & (version <= newest) & (version > newest - capacity)
-    if include_self:
-        return seen
-    return seen & (producer != reader_stream.unsqueeze(-1))
+    own = producer == reader_stream.unsqueeze(-1)
+    return seen & (own if own_notes else ~own)
 
 
 class NotesBus:
@@ -119,20 +118,28 @@ class NotesBus:
         self.published_BSV[rows // self.num_streams, rows % self.num_streams, rounds] = False
 
     def window(
-        self, rows: torch.Tensor, read_round: torch.Tensor, lag: torch.Tensor, include_self: bool = False
+        self,
+        rows: torch.Tensor,
+        read_round: torch.Tensor,
+        lag: torch.Tensor,
+        sources: torch.Tensor | None = None,
+        own_notes: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The notes that each row may read while it writes `read_round`: the plan, then every producer's rounds.
 
         Args:
             rows, read_round, lag (`torch.LongTensor` of shape `[M]`): Readers, the round each writes, and its lag.
-            include_self (`bool`, *optional*, defaults to `False`): Also show a row its own notes.
+            sources (`torch.LongTensor` of shape `[M]`, *optional*): Rows in whose place the notes are read; the plan
+                is the reader's own all the same.
+            own_notes (`bool`, *optional*, defaults to `False`): A row's own notes in place of its siblings'.
 
         Returns:
             `(notes, mask)` of shapes `[M, W, N]` and `[M, W]`.
         """
         num_prompts, streams, stored, per_block, width = self.notes_BSVKN.shape
-        prompt = rows // streams
+        sources = rows if sources is None else sources
+        prompt = sources // streams
         newest = read_round - lag
         span = max(0, min(self.capacity, stored, int(newest.max()) + 1)) if rows.numel() else 0
         version_MV = newest[:, None] - torch.arange(span - 1, -1, -1, device=rows.device)
@@ -143,13 +150,13 @@ class NotesBus:
         version = torch.where(filled, version_MV[:, None, :].expand_as(filled), -1)
         producer = stream_S[None, :, None].expand_as(filled)
         mask = visible_notes(
-            rows % streams, read_round, lag, producer.flatten(1), version.flatten(1), self.capacity, include_self
+            sources % streams, read_round, lag, producer.flatten(1), version.flatten(1), self.capacity, own_notes
         )
         mask = mask.repeat_interleave(per_block, dim=1)
         notes = notes.reshape(rows.shape[0], -1, width)
         return (
-            torch.cat([self.plan_BPN[prompt], notes], dim=1),
-            torch.cat([self.plan_mask_BP[prompt], mask], dim=1),
+            torch.cat([self.plan_BPN[rows // streams], notes], dim=1),
+            torch.cat([self.plan_mask_BP[rows // streams], mask], dim=1),
         )
 
 

@@ -14,9 +14,17 @@ def check_range(owner: str, name: str, value: float, low: float, high: float | N
     """Raises `ValueError` naming the field, its value and the allowed range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{owner}.{name} must be a number, got {value!r}.")
-    if value < low or (high is not None and value > high):
+    if not (value >= low and (high is None or value <= high)):
         allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{owner}.{name} must be {allowed}, got {value!r}.")
+
+
+def check_integer(owner: str, name: str, value: int, low: int, high: int | None = None) -> None:
+    """Raises `ValueError` naming the field, its value and the allowed range unless it is an integer in range."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{owner}.{name} must be an integer {allowed}, got {value!r}.")
+    check_range(owner, name, value, low, high)
 
 
 def check_choice(owner: str, name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -91,23 +99,17 @@ class PDTAdapterConfig(PeftConfig):
         self.peft_type = "PDT"
         owner = type(self).__name__
         for name in ("num_streams", "notes_per_block", "adapter_bottleneck", "num_plan_slots", "plan_dim"):
-            self._check_integer(name, 1)
-        self._check_integer("plan_vocab_size", 2)
+            check_integer(owner, name, getattr(self, name), 1)
+        check_integer(owner, "plan_vocab_size", self.plan_vocab_size, 2)
         for name in ("notes_dim", "snc_heads"):
             if getattr(self, name) is not None:
-                self._check_integer(name, 1)
+                check_integer(owner, name, getattr(self, name), 1)
         check_choice(owner, "snc_init", self.snc_init, SNC_INITS)
         check_choice(owner, "gate_mode", self.gate_mode, GATE_MODES)
         check_range(owner, "gate_init", self.gate_init, -20, 20)
         for part in self.trained_parts:
             check_choice(owner, "trained_parts", part, TRAINABLE_PARTS)
         self._check_layers()
-
-    def _check_integer(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{type(self).__name__}.{name} must be an integer >= {low}, got {value!r}.")
-        check_range(type(self).__name__, name, value, low)
 
     def _check_layers(self) -> None:
         layers = self.instrumented_layers
@@ -121,6 +123,8 @@ class PDTAdapterConfig(PeftConfig):
                 f"got {layers!r}."
             )
         else:
+            for index in layers:
+                check_integer(type(self).__name__, "instrumented_layers", index, 0)
             self.instrumented_layers = sorted(layers)
 
     def resolve(self, hidden_size: int, num_layers: int, num_heads: int) -> None:

@@ -4,10 +4,11 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .configuration_adapter import check_choice, check_range
+from .configuration_adapter import check_choice, check_integer, check_range
 
 PLAN_SOURCES = ("trunk", "planner", None)
-RETRY_POLICIES = ("refresh", "temperature")
+RETRY_POLICIES = ("refresh", "stale")
+INHERITED_FIELDS = frozenset(vars(GenerationConfig()))
 
 
 class PDTGenerationConfig(GenerationConfig):
@@ -22,8 +23,9 @@ class PDTGenerationConfig(GenerationConfig):
         bus_lag (`int`, *optional*): Rounds between writing and reading.
         bus_capacity (`int`, *optional*): Rounds kept readable.
         max_retries (`int`, *optional*, defaults to 1): Times a block may be withdrawn and written again.
-        retry_policy (`str`, *optional*, defaults to `"refresh"`): `"refresh"` reads the siblings' newest notes;
-            `"temperature"` additionally halves the sampling temperature at every further attempt.
+        retry_policy (`str`, *optional*, defaults to `"refresh"`): `"refresh"`: a rewriting reads the siblings' newest
+            notes, of its own round too; `"stale"`: it reads what the first writing read (a control). From the second
+            retry of a block on, either halves the sampling temperature at every attempt.
         agreement_threshold (`float`, *optional*): A block whose agreement is below is withdrawn. `None`: gate off.
         gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate; 0 silences it.
         coverage_threshold (`float`, *optional*, defaults to 0.5): An item at or above counts as covered.
@@ -43,6 +45,9 @@ class PDTGenerationConfig(GenerationConfig):
         self.gate_scale = kwargs.pop("gate_scale", 1.0)
         self.coverage_threshold = kwargs.pop("coverage_threshold", 0.5)
         self.outline_max_new_tokens = kwargs.pop("outline_max_new_tokens", 192)
+        unknown = [key for key in kwargs if key not in INHERITED_FIELDS and not key.startswith("_")]
+        if unknown:
+            raise ValueError(f"PDTGenerationConfig does not know {sorted(unknown)}.")
         super().__init__(**kwargs)
         self.check()
 
@@ -51,11 +56,11 @@ class PDTGenerationConfig(GenerationConfig):
         owner = "PDTGenerationConfig"
         for name in ("num_streams", "block_size", "bus_lag", "bus_capacity"):
             if getattr(self, name) is not None:
-                check_range(owner, name, getattr(self, name), 1)
-        check_range(owner, "max_retries", self.max_retries, 0)
+                check_integer(owner, name, getattr(self, name), 1)
+        check_integer(owner, "max_retries", self.max_retries, 0)
         check_range(owner, "gate_scale", self.gate_scale, 0, 10)
         check_range(owner, "coverage_threshold", self.coverage_threshold, 0, 1)
-        check_range(owner, "outline_max_new_tokens", self.outline_max_new_tokens, 1)
+        check_integer(owner, "outline_max_new_tokens", self.outline_max_new_tokens, 1)
         if self.agreement_threshold is not None:
             check_range(owner, "agreement_threshold", self.agreement_threshold, 0, 1)
         check_choice(owner, "plan", self.plan, PLAN_SOURCES)

@@ -3,10 +3,12 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from peft import PeftConfig
 from transformers import PreTrainedConfig
 
 from .configuration_adapter import PDTAdapterConfig, check_range
 
+ADAPTER_FIELDS = frozenset(PDTAdapterConfig.__dataclass_fields__) - frozenset(PeftConfig.__dataclass_fields__)
 # Keys that `PreTrainedConfig` takes through its keyword arguments.
 INHERITED_KEYS = ("output_attentions", "attn_implementation", "experts_implementation", "name_or_path")
 
@@ -49,12 +51,16 @@ class PDTConfig(PreTrainedConfig):
         unknown = [key for key in kwargs if key not in known and not key.startswith("_")]
         if unknown:
             raise ValueError(f"PDTConfig does not know {sorted(unknown)}; its fields are {sorted(self.own_fields())}.")
-        for name in ("block_size", "bus_lag", "bus_capacity"):
-            check_range("PDTConfig", name, getattr(self, name), 1)
         if self.commit_horizon is None:
             self.commit_horizon = self.block_size
-        check_range("PDTConfig", "commit_horizon", self.commit_horizon, self.block_size)
+        self.check()
         super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Raises `ValueError` for an impossible value, naming field, value and range."""
+        for name in ("block_size", "bus_lag", "bus_capacity"):
+            check_range("PDTConfig", name, getattr(self, name), 1)
+        check_range("PDTConfig", "commit_horizon", self.commit_horizon, self.block_size)
 
     @staticmethod
     def own_fields() -> tuple[str, ...]:
@@ -72,7 +78,8 @@ class PDTConfig(PreTrainedConfig):
         )
 
     def attach_adapter(self, adapter_config: PDTAdapterConfig) -> None:
-        """Makes the adapter's fields readable here."""
+        """Makes the adapter's fields readable here; checks values that were set after construction."""
+        self.check()
         object.__setattr__(self, "_adapter_config", adapter_config)
 
     def __getattr__(self, name: str) -> Any:
@@ -80,6 +87,11 @@ class PDTConfig(PreTrainedConfig):
         if adapter_config is not None and not name.startswith("_") and hasattr(adapter_config, name):
             return getattr(adapter_config, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ADAPTER_FIELDS:
+            raise ValueError(f"PDTConfig.{name} cannot be set to {value!r}: PDTAdapterConfig owns it.")
+        super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Own fields only; the adapter's are saved in `adapter_config.json`."""

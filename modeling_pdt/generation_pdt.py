@@ -1,6 +1,398 @@
-"""Parallel decoding."""
+"""Parallel decoding: one trunk call per token for all rows; notes, judgement and exact rollback at block boundaries.
+
+Letters: B prompts, S streams, R = B * S rows, M rows at a boundary, W notes of a window, P plan items, T tokens.
+"""
+
+import time
+from typing import Any
+
+import torch
+
+from .bus import NotesBus
+from .cache import RollbackCache
+from .gate import agreement_of, coverage_of, judge
+from .generation_inputs import Inputs, Settings, merge_generation_config, prepare_inputs
+from .interventions import WindowRequest
+from .note_states import NoteStates
+from .outputs import DecodingTrace, ParallelGenerateOutput, StreamResult
+from .sampling import choose_tokens, keyed_uniform, process_logits, prompt_keys
+from .streaming import ParallelStreamer, parallel_streamer
+from .streams import StreamBatch
+from .trunk_split import TapState
 
 
-def parallel_generate(model, input_ids, **kwargs):
-    """Placeholder until the loop lands."""
-    raise NotImplementedError
+def parallel_generate(
+    model: Any,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
+    tokenizer: Any = None,
+    plan_texts: list | None = None,
+    stream_prefixes: list | None = None,
+    seed_texts: list | None = None,
+    seed_notes: torch.Tensor | None = None,
+    streamer: Any = None,
+    generation_config: Any = None,
+    logits_processor: list | None = None,
+    stopping_criteria: list | None = None,
+    interventions: list | None = None,
+    seed: int = 0,
+    return_dict_in_generate: bool | None = None,
+    **kwargs: Any,
+) -> ParallelGenerateOutput | torch.Tensor:
+    """
+    Writes `num_streams` sections of every prompt's answer at the same time.
+
+    Args:
+        model (`PDTForParallelDecoding`): Trunk and adapters.
+        input_ids, attention_mask (`torch.LongTensor` of shape `[B, T]`): Rendered prompts, padded on any side.
+        tokenizer (*optional*): Required when an argument below is text.
+        plan_texts (`list`, *optional*): Plan items `{"text": ..., "stream": ...}`, for all prompts or per prompt.
+        stream_prefixes (`list[str]`, *optional*): Headers, `[stream]` or `[prompt][stream]`.
+        seed_texts (`list[str]`, *optional*): Notes at the start, as text, `[stream]` or `[prompt][stream]`.
+        seed_notes (`torch.Tensor` of shape `[places, N]` or `[B, places, N]`, *optional*): The same as vectors.
+        streamer (`ParallelStreamer` or `BaseStreamer`, *optional*): Called at commit only.
+        generation_config (*optional*): In place of the model's; keyword arguments override either.
+        logits_processor, stopping_criteria (`list`, *optional*): Called with each row's own history; a criterion that
+            fires ends the row after the token just chosen.
+        interventions (`list[Intervention]`, *optional*): Controlled changes to what the streams read.
+        seed (`int`, *optional*, defaults to 0): Sampling is a function of it and of what is written.
+        return_dict_in_generate (`bool`, *optional*): Return the full output in place of `sequences`.
+        kwargs: Fields of [`PDTGenerationConfig`]; `max_new_tokens` counts section tokens per stream.
+
+    Raises:
+        ValueError: For an impossible argument, naming it and the allowed range.
+    """
+    config = merge_generation_config(model, generation_config, kwargs)
+    inputs, settings = prepare_inputs(
+        model,
+        config,
+        input_ids,
+        attention_mask,
+        tokenizer,
+        plan_texts,
+        stream_prefixes,
+        seed_texts,
+        seed_notes,
+        logits_processor,
+        stopping_criteria,
+        interventions,
+        seed,
+    )
+    output = ParallelDecoder(model, inputs, settings, streamer).run()
+    wants_dict = config.return_dict_in_generate if return_dict_in_generate is None else return_dict_in_generate
+    return output if wants_dict else output.sequences
+
+
+class ParallelDecoder:
+    """
+    One decoding call.
+
+    Args:
+        model (`PDTForParallelDecoding`): Trunk and adapters.
+        inputs (`Inputs`), settings (`Settings`): From [`prepare_inputs`].
+        streamer (*optional*): Receives committed blocks.
+    """
+
+    def __init__(self, model: Any, inputs: Inputs, settings: Settings, streamer: Any = None) -> None:
+        self.model, self.stack, self.inputs, self.settings = model, model.stack, inputs, settings
+        device = self.stack.base_layer.embed_tokens.weight.device
+        self.eos_ids = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
+        self.streams = StreamBatch(
+            inputs.prompts,
+            inputs.headers,
+            settings.max_new_tokens,
+            settings.block_size,
+            model.config.trunk_hidden_size,
+            device,
+        )
+        self.streamer: ParallelStreamer = parallel_streamer(streamer, len(inputs.headers))
+        self.bus = NotesBus(
+            len(inputs.prompts),
+            settings.num_streams,
+            model.config.notes_per_block,
+            model.config.notes_dim,
+            settings.bus_capacity,
+            inputs.plan_BPN,
+            inputs.plan_mask_BP,
+            device,
+        )
+        self.prompt_key_R = torch.tensor(prompt_keys(inputs.prompts), device=device)[self.streams.prompt_R]
+        self.adapter_stream_R = self.streams.stream_R % model.config.num_streams
+        self.note_states: NoteStates | None = None
+        self.trace = DecodingTrace(settings={**vars(settings), "plan": inputs.plan_source})
+        self.trace.settings["interventions"] = [intervention.name for intervention in inputs.interventions]
+        self.trace.settings["instrumented_layers"] = list(model.config.instrumented_layers)
+
+    def run(self) -> ParallelGenerateOutput:
+        """Prefill, then one token for every live row per trunk call, until no row is live."""
+        started = time.perf_counter()
+        self._trace_plan()
+        logits_RV = self._start()
+        self.trace.timings["prefill_s"] = time.perf_counter() - started
+        self._choose(self.streams.rows_R, logits_RV)
+        while bool(self.streams.live_R.any()):
+            self._step()
+        self.streamer.end()
+        self.trace.timings["total_s"] = time.perf_counter() - started
+        return self._collect()
+
+    def _trace_plan(self) -> None:
+        for prompt, entries in enumerate(self.inputs.entries):
+            items = [{"text": entry.text, "stream": entry.stream} for entry in entries]
+            self.trace.add("plan", prompt=prompt, items=items)
+
+    def _start(self) -> torch.Tensor:
+        """Prefills the prompts once, expands them to rows, feeds last prompt token and header; returns logits."""
+        streams, settings = self.streams, self.settings
+        headers = [section.header for section in streams.sections]
+        raggedness = max(map(len, headers)) - min(map(len, headers))
+        margin = max(self.model.config.commit_horizon + 1, settings.block_size + 1, raggedness)
+        streams.cache = RollbackCache(self.model.trunk.config, margin)
+        longest = max(len(prompt) for prompt in streams.prompts) - 1
+        if longest > 0:
+            ids = torch.full((streams.num_prompts, longest), settings.pad_id, device=streams.device)
+            mask = torch.zeros_like(ids)
+            for index, prompt in enumerate(streams.prompts):
+                length = len(prompt) - 1
+                ids[index, longest - length :] = torch.tensor(prompt[:-1], dtype=torch.long, device=streams.device)
+                mask[index, longest - length :] = 1
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            tap = self.stack.lower(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=streams.cache
+            )
+            self.stack.upper(tap)
+            streams.cache.batch_repeat_interleave(settings.num_streams)
+            streams.mask = mask.repeat_interleave(settings.num_streams, dim=0)
+        streams.position_R = torch.tensor([len(prompt) - 1 for prompt in streams.prompts], device=streams.device)[
+            streams.prompt_R
+        ]
+        return self._feed_headers(headers)
+
+    def _feed_headers(self, headers: list[list[int]]) -> torch.Tensor:
+        streams = self.streams
+        longest = 1 + max(map(len, headers))
+        ids = torch.full((len(headers), longest), self.settings.pad_id, device=streams.device)
+        stream_ids = torch.full_like(ids, -1)
+        for row, header in enumerate(headers):
+            tokens = [streams.prompts[row // streams.num_streams][-1], *header]
+            ids[row, : len(tokens)] = torch.tensor(tokens, device=streams.device)
+            stream_ids[row, 1 : len(tokens)] = self.adapter_stream_R[row]
+        lengths_R = torch.tensor([1 + len(header) for header in headers], device=streams.device)
+        places = torch.arange(longest, device=streams.device)
+        streams.mask = torch.cat([streams.mask, (places[None] < lengths_R[:, None]).long()], dim=1)
+        positions = streams.position_R[:, None] + places[None]
+        tap = self.stack.lower(
+            input_ids=ids, attention_mask=streams.mask, position_ids=positions, past_key_values=streams.cache
+        )
+        self._refresh_window()
+        states = NoteStates(
+            self.note_states.keys,
+            self.note_states.values,
+            self.note_states.mask[:, None, :] & (stream_ids >= 0)[:, :, None],
+            gate_scale=self.note_states.gate_scale,
+        )
+        hidden = self.stack.upper(tap, states, stream_ids)
+        last = (lengths_R - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        streams.tap_RLD[:, :1] = tap.hidden.gather(1, last).to(streams.tap_RLD.dtype)
+        streams.position_R = streams.position_R + longest
+        streams.rollback(longest - lengths_R)
+        return self.model.get_output_embeddings()(hidden.gather(1, last).squeeze(1))
+
+    def _step(self) -> None:
+        """One trunk call: consume a token per live row, exchange notes where a block is complete, choose the next."""
+        streams = self.streams
+        live_R = streams.live_R.clone()
+        tap = self._lower(live_R)
+        streams.consume(tap.hidden)
+        self.trace.calls += 1
+        boundary_R = streams.at_boundary(self.eos_ids)
+        counts_R = torch.zeros_like(streams.fed_R)
+        retried_R = torch.zeros_like(boundary_R)
+        if bool(boundary_R.any()):
+            counts_R, retried_R = self._close_blocks(boundary_R.nonzero().squeeze(1))
+            self._refresh_window()
+        choosing = (streams.live_R & ~retried_R).nonzero().squeeze(1)
+        if choosing.numel() == 0 and not bool(retried_R.any()):
+            return
+        stream_ids = torch.where(self._conditioned(), self.adapter_stream_R, -1)[:, None]
+        hidden = self.stack.upper(tap, self.note_states, stream_ids)
+        streams.rollback(counts_R)
+        if choosing.numel():
+            self._choose(choosing, self.model.get_output_embeddings()(hidden[choosing, 0]))
+
+    def _conditioned(self) -> torch.Tensor:
+        """Rows whose token just consumed stands behind the prompt: all but a row without header at its very start."""
+        streams = self.streams
+        headless = torch.tensor([not section.header for section in streams.sections], device=streams.device)
+        return ~(headless & (streams.fed_R <= 0))
+
+    def _lower(self, live_R: torch.Tensor) -> TapState:
+        streams = self.streams
+        mask = streams.append_mask(live_R)
+        ids = torch.where(live_R, streams.next_R, self.settings.pad_id)
+        return self.stack.lower(
+            input_ids=ids[:, None],
+            attention_mask=mask,
+            position_ids=streams.position_R[:, None],
+            past_key_values=streams.cache,
+        )
+
+    def _request(self, rows: torch.Tensor, read_round: torch.Tensor, lag: torch.Tensor) -> tuple:
+        """The window of some rows after the call's interventions."""
+        request = WindowRequest(rows, rows, read_round, lag)
+        for intervention in self.inputs.interventions:
+            request = intervention.request(request, self.settings.num_streams, self.streams.num_prompts)
+        notes, mask = self.bus.window(
+            request.rows, request.read_round, request.lag, request.sources, request.own_notes
+        )
+        for intervention in self.inputs.interventions:
+            notes, mask = intervention.window(notes, mask, self.bus.plan_BPN.shape[1])
+        return notes, mask
+
+    def _refresh_window(self) -> None:
+        """Projects what every row may read now; once per exchange of notes."""
+        streams, settings = self.streams, self.settings
+        lag_R = torch.full_like(streams.round_R, settings.bus_lag)
+        if settings.retry_policy == "refresh":
+            lag_R = torch.where(streams.attempt_R > 0, 0, lag_R)
+        notes, mask = self._request(streams.rows_R, streams.round_R, lag_R)
+        scale = settings.gate_scale
+        for intervention in self.inputs.interventions:
+            scale = intervention.gate_scale(scale)
+        self.note_states = self.stack.project_notes(notes, mask, scale)
+
+    def _close_blocks(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes notes, judges, commits or withdraws; returns tokens to take back and rows that write again `[R]`."""
+        streams, heads = self.streams, self.stack.heads
+        states, previous, mask = streams.block_states(rows_M)
+        notes = heads.write(states, mask, self.settings.block_size)
+        round_M = streams.round_R[rows_M]
+        self.bus.publish(rows_M, round_M, notes)
+        coverage_MP = self._coverage(rows_M)
+        agreement_M, withdrawn_M = None, torch.zeros_like(rows_M, dtype=torch.bool)
+        if "agreement" in self.model.config.trained_parts:
+
+            def score() -> torch.Tensor:
+                window, window_mask = self._request(rows_M, round_M, torch.zeros_like(round_M))
+                items_mask = None if coverage_MP is None else self.bus.plan_mask_BP[streams.prompt_R[rows_M]]
+                items_mask = None if items_mask is None else items_mask[:, : self.inputs.num_items]
+                return agreement_of(
+                    heads, states, previous, mask, window, window_mask, notes, coverage_MP, items_mask
+                )
+
+            threshold = self.settings.agreement_threshold
+            may_retry = streams.attempt_R[rows_M] < self.settings.max_retries
+            if threshold is None:
+                agreement_M = score()
+            else:
+                agreement_M, withdrawn_M = judge(self.bus, rows_M, round_M, may_retry, threshold, score)
+        self._record(rows_M, agreement_M, withdrawn_M)
+        standing = ~withdrawn_M
+        self._commit(rows_M[standing], None if coverage_MP is None else coverage_MP[standing])
+        counts_R = streams.withdraw(rows_M[withdrawn_M])
+        retried_R = torch.zeros_like(streams.live_R)
+        retried_R[rows_M[withdrawn_M]] = True
+        return counts_R, retried_R
+
+    def _coverage(self, rows_M: torch.Tensor) -> torch.Tensor | None:
+        if not self.inputs.num_items:
+            return None
+        text, mask = self.streams.own_text(rows_M)
+        items = self.bus.plan_BPN[self.streams.prompt_R[rows_M], : self.inputs.num_items]
+        return coverage_of(self.stack.heads, text, mask, items)
+
+    def _record(self, rows_M: torch.Tensor, agreement_M: torch.Tensor | None, withdrawn_M: torch.Tensor) -> None:
+        streams, settings = self.streams, self.settings
+        scores = [None] * len(rows_M) if agreement_M is None else agreement_M.tolist()
+        threshold = settings.agreement_threshold
+        for row, score, withdrawn in zip(rows_M.tolist(), scores, withdrawn_M.tolist(), strict=True):
+            start, end = int(streams.block_start_R[row]), int(streams.fed_R[row])
+            attempt = int(streams.attempt_R[row])
+            event = {
+                "prompt": row // settings.num_streams,
+                "stream": row % settings.num_streams,
+                "round": int(streams.round_R[row]),
+                "attempt": attempt,
+                "start": start,
+                "end": end,
+                "agreement": score,
+                "call": self.trace.calls,
+            }
+            if withdrawn:
+                self.trace.add("rollback", **event, tokens=streams.tokens_RL[row, start:end].tolist())
+            else:
+                forced = threshold is not None and score < threshold and attempt > 0
+                self.trace.add("commit", **event, forced=forced)
+
+    def _commit(self, rows_M: torch.Tensor, coverage_MP: torch.Tensor | None) -> None:
+        streams = self.streams
+        if rows_M.numel() == 0:
+            return
+        streams.commit(rows_M)
+        ended = torch.isin(
+            streams.tokens_RL[rows_M, streams.fed_R[rows_M] - 1], self.eos_ids
+        ) | (streams.fed_R[rows_M] >= self.settings.max_new_tokens)
+        streams.finish(rows_M[ended | streams.stop_R[rows_M]], self.eos_ids)
+        for index, row in enumerate(rows_M.tolist()):
+            section = streams.sections[row]
+            start, end = section.blocks[-1]
+            prompt, stream = divmod(row, self.settings.num_streams)
+            self.streamer.put(prompt, stream, section.tokens[start:end])
+            if coverage_MP is not None:
+                section.coverage = {
+                    item: float(coverage_MP[index, item])
+                    for item, entry in enumerate(self.inputs.entries[prompt])
+                    if entry.stream in (None, stream)
+                }
+
+    def _choose(self, rows_M: torch.Tensor, logits_MV: torch.Tensor) -> None:
+        """The next token of each row, from its own history and its own randomness."""
+        streams, settings = self.streams, self.settings
+        attempt_M = streams.attempt_R[rows_M]
+        logits_MV = logits_MV.float() * 2.0 ** (attempt_M - 1).clamp(min=0)[:, None]
+        needs_history = bool(self.inputs.processors) or bool(self.inputs.criteria)
+        histories = streams.histories(rows_M) if needs_history else []
+        scores = process_logits(logits_MV, self.inputs.processors, histories)
+        uniform = None
+        if settings.do_sample:
+            seed = torch.full_like(rows_M, settings.seed)
+            uniform = keyed_uniform(
+                seed, self.prompt_key_R[rows_M], streams.stream_R[rows_M], streams.fed_R[rows_M], attempt_M
+            )
+        tokens = choose_tokens(scores, settings.do_sample, uniform)
+        streams.choose(rows_M, tokens)
+        if self.inputs.criteria:
+            for row, history, token, score in zip(rows_M.tolist(), histories, tokens, scores, strict=True):
+                done = self.inputs.criteria(torch.cat([history, token[None]])[None], score[None])
+                streams.stop_R[row] = bool(done.all())
+
+    def _collect(self) -> ParallelGenerateOutput:
+        settings, streams = self.settings, self.streams
+        results: list[list[StreamResult]] = [[] for _ in streams.prompts]
+        rows, merged = [], []
+        for row, section in enumerate(streams.sections):
+            prompt, stream = divmod(row, settings.num_streams)
+            results[prompt].append(
+                StreamResult(
+                    name=f"stream_{stream}",
+                    token_ids=section.tokens,
+                    blocks=section.blocks,
+                    coverage=section.coverage,
+                    retries=section.retries,
+                    finished=section.finished,
+                )
+            )
+            rows.append((streams.prompts[prompt] + section.header, section.tokens))
+        for prompt in range(streams.num_prompts):
+            tokens: list[int] = []
+            for section in streams.sections[prompt * settings.num_streams : (prompt + 1) * settings.num_streams]:
+                tokens += section.header + [token for token in section.tokens if token not in settings.eos_ids]
+            merged.append(torch.tensor(tokens, dtype=torch.long))
+        left = max(len(start) for start, _ in rows)
+        right = max(len(section) for _, section in rows)
+        sequences = torch.full((len(rows), left + right), settings.pad_id)
+        for row, (start, section) in enumerate(rows):
+            sequences[row, left - len(start) : left + len(section)] = torch.tensor(start + section)
+        return ParallelGenerateOutput(
+            sequences=sequences.to(streams.device), streams=results, merged=merged, trace=self.trace
+        )

@@ -48,8 +48,8 @@ class NotesPooler(nn.Module):
             `torch.Tensor` of shape `[R, K, N]`, not yet normalised; zeros for a text without tokens.
         """
         states = self.norm(states_RLD)
-        place_L = torch.arange(states.shape[1], device=states.device) + 0.5
-        place_RL = place_L / (span[:, None] if torch.is_tensor(span) else span)
+        place_1L = torch.arange(states.shape[1], device=states.device)[None] + 0.5
+        place_RL = place_1L / (span[:, None] if torch.is_tensor(span) else span)
         scores = self.query @ self.key(states).transpose(1, 2) * states.shape[-1] ** -0.5
         distance = place_RL[:, None, :] - self.place[None, :, None]
         scores = scores - (self.sharpness[None, :, None] * distance).square()

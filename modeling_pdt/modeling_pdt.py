@@ -112,7 +112,8 @@ class PDTForParallelDecoding(PreTrainedModel):
             trunk = AutoModelForCausalLM.from_pretrained(trunk)
         values = {} if adapter_config is None else {**adapter_config.to_dict()}
         values = {key: value for key, value in {**values, **owned["adapter"]}.items() if key != "peft_type"}
-        peft = get_peft_model(trunk, PDTAdapterConfig(**values), adapter_name=adapter_name)
+        adapter_config = PDTAdapterConfig(**values)
+        PDTGenerationConfig(**owned["generation"])
         config = PDTConfig(
             **{
                 "trunk_name_or_path": portable_trunk_name(trunk.config._name_or_path),
@@ -121,7 +122,7 @@ class PDTForParallelDecoding(PreTrainedModel):
                 **owned["model"],
             }
         )
-        model = cls(config, peft)
+        model = cls(config, get_peft_model(trunk, adapter_config, adapter_name=adapter_name))
         for key, value in owned["generation"].items():
             setattr(model.generation_config, key, value)
         model.generation_config.check()

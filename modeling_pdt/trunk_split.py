@@ -78,7 +78,7 @@ def check_trunk(trunk: nn.Module) -> str:
         raise ValueError(
             f"{type(trunk).__name__} cannot be wrapped: layer types {unknown} are not of {sorted(MASK_MAKERS)}."
         )
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling", "embedding_multiplier"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ValueError(f"{type(trunk).__name__} cannot be wrapped: config.{field} changes the logits.")
     if "layer_type" in inspect.signature(stack.rotary_emb.forward).parameters:

@@ -1,0 +1,87 @@
+"""The commit gate: what a completed block is judged by, and which rows write theirs again.
+
+Letters: M rows at a block boundary, L block tokens, W notes, P plan items, N note width, D trunk width.
+"""
+
+import torch
+
+from .bus import NotesBus
+from .heads import PDTHeads, soft_minimum
+
+
+def coverage_of(heads: PDTHeads, text_MLD: torch.Tensor, mask_ML: torch.Tensor, items_MPN: torch.Tensor) -> torch.Tensor:
+    """Probability `[M, P]` that the rows' text so far covers each plan item."""
+    return heads.coverage(text_MLD, mask_ML[:, None, :], items_MPN)[:, 0].sigmoid()
+
+
+def agreement_of(
+    heads: PDTHeads,
+    states_MLD: torch.Tensor,
+    previous_MLD: torch.Tensor,
+    mask_ML: torch.Tensor,
+    notes_MWN: torch.Tensor,
+    notes_mask_MW: torch.Tensor,
+    own_notes_MKN: torch.Tensor,
+    coverage_MP: torch.Tensor | None,
+    items_mask_MP: torch.Tensor | None,
+) -> torch.Tensor:
+    """Probability `[M]` that each block may stand beside the notes given; see [`AgreementHead.token_logits`]."""
+    tokens = states_MLD.shape[1]
+    coverage = torch.zeros(states_MLD.shape[0], device=states_MLD.device)
+    if coverage_MP is not None:
+        items = items_mask_MP.float()
+        coverage = (coverage_MP * items).sum(-1) / items.sum(-1).clamp(min=1)
+    own = own_notes_MKN.mean(dim=1)
+    logits = heads.agreement.token_logits(
+        states_MLD,
+        previous_MLD,
+        notes_MWN,
+        notes_mask_MW[:, None, :].expand(-1, tokens, -1),
+        own[:, None, :].expand(-1, tokens, -1),
+        coverage[:, None].expand(-1, tokens),
+    )
+    return soft_minimum(logits, mask_ML[:, None, :])[:, 0].sigmoid()
+
+
+def lowest_failing(agreement_M: torch.Tensor, failing_M: torch.Tensor, prompt_M: torch.Tensor) -> torch.Tensor:
+    """Of the failing rows of each prompt, the one with the lowest agreement: indices into M."""
+    chosen = {}
+    for index in failing_M.nonzero().squeeze(1).tolist():
+        prompt = int(prompt_M[index])
+        if prompt not in chosen or agreement_M[index] < agreement_M[chosen[prompt]]:
+            chosen[prompt] = index
+    return torch.tensor(sorted(chosen.values()), dtype=torch.long, device=agreement_M.device)
+
+
+def judge(
+    bus: NotesBus,
+    rows_M: torch.Tensor,
+    round_M: torch.Tensor,
+    may_retry_M: torch.Tensor,
+    threshold: float,
+    score: "callable",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Withdraws, one per prompt and pass, the notes of blocks that disagree; the others are judged again without them.
+
+    Args:
+        bus (`NotesBus`): Holds the provisional notes of the rows' current round.
+        rows_M, round_M (`torch.LongTensor` of shape `[M]`): Rows and the round they completed.
+        may_retry_M (`torch.BoolTensor` of shape `[M]`): Rows with a retry left.
+        threshold (`float`): Least agreement that stands.
+        score (`callable`): `score() -> agreement [M]` against the bus as it is.
+
+    Returns:
+        `(agreement, withdrawn)` of shape `[M]`: the agreement that decided about each row, and who was withdrawn.
+    """
+    agreement = score()
+    withdrawn = torch.zeros_like(may_retry_M)
+    prompt_M = rows_M // bus.num_streams
+    while True:
+        failing = (agreement < threshold) & may_retry_M & ~withdrawn
+        chosen = lowest_failing(agreement, failing, prompt_M)
+        if chosen.numel() == 0:
+            return agreement, withdrawn
+        withdrawn[chosen] = True
+        bus.withdraw(rows_M[chosen], round_M[chosen])
+        agreement = torch.where(withdrawn, agreement, score())

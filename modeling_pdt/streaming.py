@@ -1,0 +1,56 @@
+"""Streaming of committed blocks."""
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+class ParallelStreamer:
+    """Receives committed tokens of every stream; subclass it and override both methods."""
+
+    def put(self, prompt: int, stream: int, token_ids: list[int]) -> None:
+        """
+        Called when a block of a stream is committed.
+
+        Args:
+            prompt (`int`), stream (`int`): Whose block.
+            token_ids (`list[int]`): The block's tokens, EOS included.
+        """
+
+    def end(self) -> None:
+        """Called once, after the last commit."""
+
+
+class SingleRowStreamer(ParallelStreamer):
+    """Hands the only row's tokens to a streamer of transformers."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self.streamer = streamer
+
+    def put(self, prompt: int, stream: int, token_ids: list[int]) -> None:
+        """Passes the tokens on one by one, as `generate` does."""
+        for token in token_ids:
+            self.streamer.put(torch.tensor([token]))
+
+    def end(self) -> None:
+        """Ends the wrapped streamer."""
+        self.streamer.end()
+
+
+def parallel_streamer(streamer: object | None, rows: int) -> ParallelStreamer:
+    """
+    The streamer to call: none given is a silent one, a plain one serves a single row.
+
+    Raises:
+        ValueError: For a plain streamer with more than one row, or an object that is no streamer.
+    """
+    if streamer is None:
+        return ParallelStreamer()
+    if isinstance(streamer, BaseStreamer):
+        if rows != 1:
+            raise ValueError(
+                f"streamer: {type(streamer).__name__} serves one row, this call has {rows}; use a ParallelStreamer."
+            )
+        return SingleRowStreamer(streamer)
+    if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+        raise ValueError(f"streamer must have put(prompt, stream, token_ids) and end(), got {streamer!r}.")
+    return streamer

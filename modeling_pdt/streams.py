@@ -1,0 +1,184 @@
+"""StreamBatch: every live row of a parallel decoding call, its tokens, positions, cache and commit frontier.
+
+Letters: R rows, S streams, T tokens, L section tokens, D trunk width.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .cache import RollbackCache
+
+
+@dataclass
+class Section:
+    """
+    Host-side record of one row.
+
+    Args:
+        header (`list[int]`): Tokens before the section.
+        tokens (`list[int]`): Section tokens chosen so far; those behind the commit frontier are final.
+        blocks (`list[tuple[int, int]]`): Token ranges of committed blocks.
+        coverage (`dict[int, float]`): Latest coverage of committed text per plan item.
+        retries (`int`): Withdrawn blocks.
+        finished (`bool`): Ended with EOS.
+    """
+
+    header: list[int]
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    coverage: dict[int, float] = field(default_factory=dict)
+    retries: int = 0
+    finished: bool = False
+
+
+class StreamBatch:
+    """
+    Rows in lock step: one token each per trunk call.
+
+    `fed_R` counts the section tokens that the trunk has consumed; right after the header it is 0. The block of row r
+    that is being written starts at section token `block_start_R[r]`.
+
+    Args:
+        prompts (`list[list[int]]`): Tokens of every prompt.
+        headers (`list[list[int]]`): Tokens of every row's header, rows of one prompt adjacent.
+        max_new_tokens (`int`), block_size (`int`): Limits.
+        width (`int`): D.
+        device (`torch.device`): Of all tensors.
+    """
+
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        headers: list[list[int]],
+        max_new_tokens: int,
+        block_size: int,
+        width: int,
+        device: torch.device,
+    ) -> None:
+        rows = len(headers)
+        self.num_prompts, self.num_streams = len(prompts), rows // len(prompts)
+        self.prompts, self.max_new_tokens, self.block_size, self.device = prompts, max_new_tokens, block_size, device
+        self.sections = [Section(list(header)) for header in headers]
+        self.rows_R = torch.arange(rows, device=device)
+        self.prompt_R = self.rows_R // self.num_streams
+        self.stream_R = self.rows_R % self.num_streams
+        zeros = torch.zeros(rows, dtype=torch.long, device=device)
+        self.fed_R, self.round_R, self.block_start_R, self.attempt_R = (zeros.clone() for _ in range(4))
+        self.position_R = zeros.clone()
+        self.next_R = zeros.clone()
+        self.stop_R = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.live_R = torch.ones(rows, dtype=torch.bool, device=device)
+        self.tokens_RL = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+        # Place 0 holds the position before the section, place i + 1 section token i.
+        self.tap_RLD = torch.zeros(rows, max_new_tokens + 1, width, device=device)
+        self.previous_R = torch.tensor(
+            [
+                (section.header or prompts[row // self.num_streams])[-1]
+                for row, section in enumerate(self.sections)
+            ],
+            device=device,
+        )
+        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self.cache: RollbackCache | None = None
+
+    def append_mask(self, live_R: torch.Tensor) -> torch.Tensor:
+        """One more slot, real for live rows; returns the whole mask `[R, slots]`."""
+        self.mask = torch.cat([self.mask, live_R[:, None].long()], dim=1)
+        return self.mask
+
+    def rollback(self, counts_R: torch.Tensor) -> None:
+        """Takes `counts_R` consumed tokens per row back: cache, mask and positions in one event."""
+        self.cache.rollback(counts_R)
+        slots = torch.arange(self.mask.shape[1], device=self.device)[None, :] - counts_R[:, None]
+        shifted = self.mask.gather(1, slots.clamp(min=0))
+        self.mask = torch.where(slots >= 0, shifted, 0)
+        self.position_R = self.position_R - counts_R
+
+    def consume(self, tap_R1D: torch.Tensor) -> None:
+        """Stores the tap state of the token that every live row has just consumed."""
+        place = self.fed_R.clamp(min=0) + 1
+        place = torch.where(self.fed_R < 0, 0, place)
+        rows = self.live_R.nonzero().squeeze(1)
+        self.tap_RLD[rows, place[rows]] = tap_R1D[rows, 0].to(self.tap_RLD.dtype)
+        self.fed_R = self.fed_R + self.live_R.long()
+        self.position_R = self.position_R + self.live_R.long()
+
+    def at_boundary(self, eos_ids: torch.Tensor) -> torch.Tensor:
+        """Rows `[R]` whose block is complete with the token just consumed: full, ended by EOS, or out of budget."""
+        written = self.fed_R - self.block_start_R
+        last = self.tokens_RL.gather(1, (self.fed_R - 1).clamp(min=0)[:, None]).squeeze(1)
+        ended = torch.isin(last, eos_ids) | (self.fed_R >= self.max_new_tokens) | self.stop_R
+        return self.live_R & (written > 0) & ((written >= self.block_size) | ended)
+
+    def block_states(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Tap states of the blocks just completed.
+
+        Returns:
+            `(states, previous, mask)`: `[M, block_size, D]` twice (the second one position earlier) and
+            `[M, block_size]`.
+        """
+        offset = torch.arange(self.block_size, device=self.device)
+        place = self.block_start_R[rows_M, None] + offset
+        mask = place < self.fed_R[rows_M, None]
+        place = place.clamp(max=self.max_new_tokens - 1)
+        rows = rows_M[:, None]
+        return self.tap_RLD[rows, place + 1], self.tap_RLD[rows, place], mask
+
+    def own_text(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tap states `[M, L, D]` of everything the rows have written, and which places are filled `[M, L]`."""
+        longest = int(self.fed_R[rows_M].max())
+        places = torch.arange(longest, device=self.device)
+        return self.tap_RLD[rows_M, 1 : longest + 1], places[None, :] < self.fed_R[rows_M, None]
+
+    def choose(self, rows_M: torch.Tensor, tokens_M: torch.Tensor) -> None:
+        """Appends a chosen token to each of the rows; it is consumed by the next trunk call."""
+        self.tokens_RL[rows_M, self.fed_R[rows_M]] = tokens_M
+        self.next_R[rows_M] = tokens_M
+
+    def commit(self, rows_M: torch.Tensor) -> None:
+        """Moves the commit frontier behind the block just completed."""
+        for row, start, end in zip(
+            rows_M.tolist(), self.block_start_R[rows_M].tolist(), self.fed_R[rows_M].tolist(), strict=True
+        ):
+            section = self.sections[row]
+            section.tokens.extend(self.tokens_RL[row, start:end].tolist())
+            section.blocks.append((start, end))
+        self.block_start_R[rows_M] = self.fed_R[rows_M]
+        self.round_R[rows_M] += 1
+        self.attempt_R[rows_M] = 0
+
+    def withdraw(self, rows_M: torch.Tensor) -> torch.Tensor:
+        """
+        Prepares the rows to write their block again, from the token before it.
+
+        Returns:
+            `torch.LongTensor` of shape `[R]`: consumed tokens to take back, for [`rollback`].
+        """
+        counts_R = torch.zeros_like(self.fed_R)
+        counts_R[rows_M] = self.fed_R[rows_M] - self.block_start_R[rows_M] + 1
+        self.fed_R[rows_M] = self.block_start_R[rows_M] - 1
+        start = self.block_start_R[rows_M]
+        before = self.tokens_RL[rows_M, (start - 1).clamp(min=0)]
+        self.next_R[rows_M] = torch.where(start > 0, before, self.previous_R[rows_M])
+        self.attempt_R[rows_M] += 1
+        self.stop_R[rows_M] = False
+        for row in rows_M.tolist():
+            self.sections[row].retries += 1
+        return counts_R
+
+    def finish(self, rows_M: torch.Tensor, eos_ids: torch.Tensor) -> None:
+        """Takes rows out of the loop; a row whose last token is EOS is finished."""
+        self.live_R[rows_M] = False
+        eos = set(eos_ids.tolist())
+        for row in rows_M.tolist():
+            self.sections[row].finished = self.sections[row].tokens[-1] in eos
+
+    def histories(self, rows_M: torch.Tensor) -> list[torch.Tensor]:
+        """Prompt, header and section of every row, without padding."""
+        result = []
+        for row, fed in zip(rows_M.tolist(), self.fed_R[rows_M].tolist(), strict=True):
+            start = torch.tensor(self.prompts[row // self.num_streams] + self.sections[row].header)
+            result.append(torch.cat([start.to(self.device), self.tokens_RL[row, :fed]]))
+        return result
