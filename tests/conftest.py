@@ -1,0 +1,35 @@
+"""Environment of every test: no network, one thread, fixed seeds, caches of its own. Set before torch is imported."""
+
+import atexit
+import os
+import random
+import shutil
+import tempfile
+
+import pytest
+
+_CACHE = tempfile.mkdtemp(prefix="pdt-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = _CACHE
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis  # noqa: E402
+import numpy  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+hypothesis.settings.register_profile("pdt", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("pdt")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
