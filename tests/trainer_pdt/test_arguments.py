@@ -1,0 +1,125 @@
+from dataclasses import fields
+
+import pytest
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from trainer_pdt.arguments import CurriculumArguments, DataArguments, PDTTrainingArguments
+
+CONFIG_FIELDS = {
+    "num_streams",
+    "notes_dim",
+    "notes_per_block",
+    "writer_tap",
+    "snc_placement",
+    "snc_init",
+    "gate_init",
+    "adapter_bottleneck",
+    "num_plan_slots",
+    "plan_vocab_size",
+    "plan_dim",
+    "block_size",
+    "bus_lag",
+    "bus_capacity",
+    "commit_horizon",
+    "max_retries",
+    "retry_policy",
+    "agreement_threshold",
+    "gate_scale",
+}
+RECIPE = """
+output_dir: unused
+max_steps: 16
+learning_rate: 2.0e-3
+sibling_weight: 4
+teacher_kind: text
+train_documents: 64
+stages:
+  - {name: bus, until: 0.5, train: [snc, writer], losses: {lm_ce: 1.0}, lag_jitter: 0.25}
+  - {name: gate, until: 1.0, train: [agreement], losses: {agree: 1.0}, data: corrupted}
+"""
+
+
+def training(tmp_path, **values):
+    return PDTTrainingArguments(output_dir=str(tmp_path), **values)
+
+
+def test_a_recipe_fills_all_classes(tmp_path):
+    recipe = yaml.safe_load(RECIPE) | {"output_dir": str(tmp_path)}
+    parser = HfArgumentParser((PDTTrainingArguments, DataArguments, CurriculumArguments))
+    run, data, curriculum = parser.parse_dict(recipe)
+    assert (run.sibling_weight, run.teacher_kind, run.gate_lr_scale, run.learning_rate) == (4, "text", 10.0, 2e-3)
+    assert (data.train_documents, data.eval_documents) == (64, 200)
+    stages = curriculum.build(run.max_steps).stages
+    assert [(stage.name, stage.until) for stage in stages] == [("bus", 8), ("gate", 16)]
+
+
+def test_defaults_are_allowed(tmp_path):
+    assert training(tmp_path).remove_unused_columns is False
+    assert DataArguments().dataset_path is None
+    with pytest.raises(ValueError, match="stages is empty"):
+        CurriculumArguments().build(10)
+
+
+def test_stages_need_the_length_of_the_run(tmp_path):
+    with pytest.raises(ValueError, match="max_steps=-1, allowed: an int of at least 1"):
+        CurriculumArguments(stages=yaml.safe_load(RECIPE)["stages"]).build(training(tmp_path).max_steps)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gate_lr_scale": 0.0}, "gate_lr_scale=0.0, allowed: a number above 0.0"),
+        ({"sibling_weight": -1}, "sibling_weight=-1"),
+        ({"sibling_weight": "5"}, "sibling_weight='5'"),
+        ({"kd_temperature": float("inf")}, "kd_temperature=inf"),
+        ({"kd_plan_temperature": 0}, "kd_plan_temperature=0"),
+        ({"spec_kl_temperature": 0}, "spec_kl_temperature=0"),
+        ({"coverage_pos_weight": 0}, "coverage_pos_weight=0"),
+        ({"usage_margin": -0.1}, "usage_margin=-0.1, allowed: a number at least 0.0"),
+        ({"corruption_rate": 1.1}, "corruption_rate=1.1, allowed: a number at least 0.0 and at most 1.0"),
+        ({"kd_top_k": -1}, "kd_top_k=-1, allowed: an int of at least 0"),
+        ({"kd_top_k": 2.5}, "kd_top_k=2.5"),
+        ({"block_start_tokens": 0}, "block_start_tokens=0"),
+        (
+            {"teacher_kind": "texts"},
+            r"teacher_kind: 'texts' is unknown \(did you mean 'text'\?\), allowed: notes, text",
+        ),
+        ({"remove_unused_columns": True}, "remove_unused_columns=True, allowed: False"),
+    ],
+)
+def test_bad_training_arguments_are_named(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        training(tmp_path, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train_documents": 0}, "train_documents=0, allowed: an int of at least 1"),
+        ({"eval_documents": 0}, "eval_documents=0"),
+        ({"document_streams": 7}, "document_streams=7, allowed: an int of at least 2 and at most 6"),
+        ({"document_streams": 1}, "document_streams=1"),
+        ({"hard_fraction": 2}, "hard_fraction=2"),
+        ({"max_row_tokens": 1}, "max_row_tokens=1"),
+    ],
+)
+def test_bad_data_arguments_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**values)
+
+
+def test_names_are_unique_across_arguments_and_configs():
+    inherited = {item.name for item in fields(TrainingArguments)}
+    own = [item.name for item in fields(PDTTrainingArguments) if item.name not in inherited]
+    rest = [item.name for cls in (DataArguments, CurriculumArguments) for item in fields(cls)]
+    assert len(set(own + rest)) == len(own + rest)
+    assert not set(own + rest) & CONFIG_FIELDS
+    assert not set(rest) & inherited
+
+
+def test_every_own_field_has_help():
+    inherited = {item.name for item in fields(TrainingArguments)}
+    own = [item for item in fields(PDTTrainingArguments) if item.name not in inherited]
+    for item in [*own, *fields(DataArguments), *fields(CurriculumArguments)]:
+        assert item.metadata["help"].endswith(".")

@@ -1,0 +1,142 @@
+"""Arguments of a training recipe. Names are flat and unique across all argument and config classes.
+
+What changes from stage to stage (losses, noise, bus mix, lag jitter) belongs to the stages; what the network is
+belongs to `PDTAdapterConfig` and `PDTConfig`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .curriculum import Curriculum, check_choice, check_range
+
+TEACHER_KINDS = ("notes", "text")
+
+
+@dataclass
+class PDTTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with what a PDT run adds. Steps are optimizer steps; `max_steps` is required by the curriculum.
+
+    Args:
+        gate_lr_scale (`float`, *optional*, defaults to 10.0): Learning rate of the SNC gates relative to the rest.
+        sibling_weight (`float`, *optional*, defaults to 5.0): Weight of sibling-fact tokens in `lm_ce`, `kd`, `notes`.
+        teacher_kind (`str`, *optional*, defaults to `"notes"`): Target of `kd`: the branch with true notes
+            (`"notes"`) or the trunk that reads the siblings' text (`"text"`).
+        kd_temperature (`float`, *optional*, defaults to 1.0): Temperature of `kd` and `stab`.
+        kd_plan_temperature (`float`, *optional*, defaults to 1.0): Temperature of `kd_plan`.
+        kd_top_k (`int`, *optional*, defaults to 0): Teacher tokens kept per position, the rest as one bucket; 0 = all.
+        spec_kl_temperature (`float`, *optional*, defaults to 1.0): Temperature of `spec_kl`.
+        usage_margin (`float`, *optional*, defaults to 0.5): Nats by which notes have to help in `use`.
+        block_start_tokens (`int`, *optional*, defaults to 2): Tokens per block that `block_start` counts.
+        coverage_pos_weight (`float`, *optional*, defaults to 1.0): Weight of stated items in `cov`.
+        corruption_rate (`float`, *optional*, defaults to 0.5): Share of sibling references that the corrupted view of
+            the data replaces by another value of the same type.
+    """
+
+    gate_lr_scale: float = field(default=10.0, metadata={"help": "Learning rate of the gates over the rest's."})
+    sibling_weight: float = field(default=5.0, metadata={"help": "Weight of sibling-fact tokens in token losses."})
+    teacher_kind: str = field(
+        default="notes",
+        metadata={"help": "Target of kd: branch with true notes, or trunk reading text.", "choices": TEACHER_KINDS},
+    )
+    kd_temperature: float = field(default=1.0, metadata={"help": "Temperature of kd and stab."})
+    kd_plan_temperature: float = field(default=1.0, metadata={"help": "Temperature of kd_plan."})
+    kd_top_k: int = field(default=0, metadata={"help": "Teacher tokens kept per position; 0 keeps all."})
+    spec_kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of spec_kl."})
+    usage_margin: float = field(default=0.5, metadata={"help": "Nats by which notes have to help in use."})
+    block_start_tokens: int = field(default=2, metadata={"help": "Tokens per block that block_start counts."})
+    coverage_pos_weight: float = field(default=1.0, metadata={"help": "Weight of stated items in cov."})
+    corruption_rate: float = field(default=0.5, metadata={"help": "Share of references replaced in corrupted rows."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Has to stay False: the collator reads columns that forward does not name."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "gate_lr_scale",
+            "sibling_weight",
+            "kd_temperature",
+            "kd_plan_temperature",
+            "spec_kl_temperature",
+            "coverage_pos_weight",
+        ):
+            check_range(name, getattr(self, name), 0.0, above=True)
+        check_range("usage_margin", self.usage_margin, 0.0)
+        check_range("corruption_rate", self.corruption_rate, 0.0, 1.0)
+        check_whole("kd_top_k", self.kd_top_k, 0)
+        check_whole("block_start_tokens", self.block_start_tokens, 1)
+        check_choice("teacher_kind", self.teacher_kind, TEACHER_KINDS)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True, allowed: False, the collator needs every column.")
+
+
+@dataclass
+class DataArguments:
+    """
+    Documents to train on: a published dataset, or procedural worlds made while training.
+
+    Args:
+        dataset_path (`str`, *optional*): Folder or Hub id of a published dataset; missing = procedural worlds.
+        train_documents (`int`, *optional*, defaults to 4000): Documents of the training split.
+        eval_documents (`int`, *optional*, defaults to 200): Documents of the validation split.
+        document_streams (`int`, *optional*, defaults to 3): Sections per procedural document, 2 to 6.
+        hard_fraction (`float`, *optional*, defaults to 0.0): Share of procedural training documents with several facts
+            of one type.
+        max_row_tokens (`int`, *optional*, defaults to 512): Longest row; a longer one is an error, never cut.
+    """
+
+    dataset_path: str | None = field(default=None, metadata={"help": "Published dataset; missing = worlds."})
+    train_documents: int = field(default=4000, metadata={"help": "Documents of the training split."})
+    eval_documents: int = field(default=200, metadata={"help": "Documents of the validation split."})
+    document_streams: int = field(default=3, metadata={"help": "Sections per procedural document, 2 to 6."})
+    hard_fraction: float = field(default=0.0, metadata={"help": "Share of documents with several facts of one type."})
+    max_row_tokens: int = field(default=512, metadata={"help": "Longest row; a longer one is an error."})
+
+    def __post_init__(self) -> None:
+        check_whole("train_documents", self.train_documents, 1)
+        check_whole("eval_documents", self.eval_documents, 1)
+        check_whole("document_streams", self.document_streams, 2, 6)
+        check_range("hard_fraction", self.hard_fraction, 0.0, 1.0)
+        check_whole("max_row_tokens", self.max_row_tokens, 2)
+
+
+@dataclass
+class CurriculumArguments:
+    """
+    Stages of training.
+
+    Args:
+        stages (`list[dict]`): Mappings with the fields of `trainer_pdt.curriculum.Stage`, in order.
+    """
+
+    stages: list[dict[str, Any]] = field(
+        default_factory=list, metadata={"help": "List of stages: name, until, train, losses, noise."}
+    )
+
+    def build(self, max_steps: int) -> Curriculum:
+        """
+        The checked curriculum of a run.
+
+        Args:
+            max_steps (`int`): Optimizer steps of the run.
+        """
+        return Curriculum.from_list(self.stages, max_steps)
+
+
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """
+    Raise a `ValueError` that names field, value and range unless `value` is a whole number in `low..high`.
+
+    Args:
+        name (`str`): Field.
+        value (`Any`): What was given.
+        low (`int`): Smallest allowed value.
+        high (`int`, *optional*): Largest allowed value.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high):
+        return
+    bound = "" if high is None else f" and at most {high}"
+    raise ValueError(f"{name}={value!r}, allowed: an int of at least {low}{bound}.")
