@@ -97,7 +97,7 @@ class NotesBus:
             notes_MKN (`torch.Tensor` of shape `[M, K, N]`): The notes.
 
         Raises:
-            ValueError: When a row publishes the same round twice, or the notes have another shape.
+            ValueError: When a row publishes the same round twice, a round is negative, or the notes have another shape.
         """
         if rows.numel() == 0:
             return
@@ -106,9 +106,12 @@ class NotesBus:
                 f"notes must have shape [M, {', '.join(map(str, self.notes_BSVKN.shape[3:]))}], "
                 f"got {list(notes_MKN.shape)}."
             )
+        if int(rounds.min()) < 0:
+            raise ValueError(f"rounds must be >= 0, got {int(rounds.min())}.")
         self._grow(int(rounds.max()) + 1)
         prompt, stream = rows // self.num_streams, rows % self.num_streams
-        if bool(self.published_BSV[prompt, stream, rounds].any()):
+        places = torch.stack([rows, rounds], dim=1).unique(dim=0).shape[0]
+        if places < rows.numel() or bool(self.published_BSV[prompt, stream, rounds].any()):
             raise ValueError("a round is published once; withdraw it first.")
         self.notes_BSVKN[prompt, stream, rounds] = notes_MKN.to(self.notes_BSVKN)
         self.published_BSV[prompt, stream, rounds] = True
@@ -141,19 +144,20 @@ class NotesBus:
         sources = rows if sources is None else sources
         prompt = sources // streams
         newest = read_round - lag
-        span = max(0, min(self.capacity, stored, int(newest.max()) + 1)) if rows.numel() else 0
+        span = max(0, min(self.capacity, int(newest.max()) + 1)) if rows.numel() and stored else 0
         version_MV = newest[:, None] - torch.arange(span - 1, -1, -1, device=rows.device)
         index_MV = version_MV.clamp(0, max(stored - 1, 0))
         stream_S = torch.arange(streams, device=rows.device)
         notes = self.notes_BSVKN[prompt[:, None, None], stream_S[None, :, None], index_MV[:, None, :]]
         filled = self.published_BSV[prompt[:, None, None], stream_S[None, :, None], index_MV[:, None, :]]
+        filled = filled & (version_MV < stored)[:, None, :]
         version = torch.where(filled, version_MV[:, None, :].expand_as(filled), -1)
         producer = stream_S[None, :, None].expand_as(filled)
         mask = visible_notes(
             sources % streams, read_round, lag, producer.flatten(1), version.flatten(1), self.capacity, own_notes
         )
         mask = mask.repeat_interleave(per_block, dim=1)
-        notes = notes.reshape(rows.shape[0], -1, width)
+        notes = notes.reshape(rows.shape[0], streams * span * per_block, width)
         return (
             torch.cat([self.plan_BPN[rows // streams], notes], dim=1),
             torch.cat([self.plan_mask_BP[rows // streams], mask], dim=1),

@@ -286,9 +286,9 @@ class ParallelDecoder:
                 agreement_M = score()
             else:
                 agreement_M, withdrawn_M = judge(self.bus, rows_M, round_M, may_retry, threshold, score)
-        self._record(rows_M, agreement_M, withdrawn_M)
-        standing = ~withdrawn_M
-        self._commit(rows_M[standing], None if coverage_MP is None else coverage_MP[standing])
+        coverage = self._own_coverage(rows_M, coverage_MP)
+        self._record(rows_M, agreement_M, withdrawn_M, coverage)
+        self._commit(rows_M[~withdrawn_M], [c for c, gone in zip(coverage, withdrawn_M, strict=True) if not gone])
         counts_R = streams.withdraw(rows_M[withdrawn_M])
         retried_R = torch.zeros_like(streams.live_R)
         retried_R[rows_M[withdrawn_M]] = True
@@ -301,11 +301,29 @@ class ParallelDecoder:
         items = self.bus.plan_BPN[self.streams.prompt_R[rows_M], : self.inputs.num_items]
         return coverage_of(self.stack.heads, text, mask, items)
 
-    def _record(self, rows_M: torch.Tensor, agreement_M: torch.Tensor | None, withdrawn_M: torch.Tensor) -> None:
+    def _own_coverage(self, rows_M: torch.Tensor, coverage_MP: torch.Tensor | None) -> list[dict[int, float]]:
+        """Per row, the coverage of the items that its stream owns, or that nobody owns."""
+        if coverage_MP is None:
+            return [{} for _ in rows_M]
+        result = []
+        for row, values in zip(rows_M.tolist(), coverage_MP.tolist(), strict=True):
+            prompt, stream = divmod(row, self.settings.num_streams)
+            entries = self.inputs.entries[prompt]
+            result.append({i: values[i] for i, entry in enumerate(entries) if entry.stream in (None, stream)})
+        return result
+
+    def _record(
+        self,
+        rows_M: torch.Tensor,
+        agreement_M: torch.Tensor | None,
+        withdrawn_M: torch.Tensor,
+        coverage: list[dict[int, float]],
+    ) -> None:
         streams, settings = self.streams, self.settings
         scores = [None] * len(rows_M) if agreement_M is None else agreement_M.tolist()
         threshold = settings.agreement_threshold
-        for row, score, withdrawn in zip(rows_M.tolist(), scores, withdrawn_M.tolist(), strict=True):
+        decisions = zip(rows_M.tolist(), scores, withdrawn_M.tolist(), coverage, strict=True)
+        for row, score, withdrawn, covered in decisions:
             start, end = int(streams.block_start_R[row]), int(streams.fed_R[row])
             attempt = int(streams.attempt_R[row])
             event = {
@@ -316,6 +334,7 @@ class ParallelDecoder:
                 "start": start,
                 "end": end,
                 "agreement": score,
+                "coverage": covered,
                 "call": self.trace.calls,
             }
             if withdrawn:
@@ -324,7 +343,7 @@ class ParallelDecoder:
                 forced = threshold is not None and score < threshold and attempt > 0
                 self.trace.add("commit", **event, forced=forced)
 
-    def _commit(self, rows_M: torch.Tensor, coverage_MP: torch.Tensor | None) -> None:
+    def _commit(self, rows_M: torch.Tensor, coverage: list[dict[int, float]]) -> None:
         streams = self.streams
         if rows_M.numel() == 0:
             return
@@ -338,12 +357,7 @@ class ParallelDecoder:
             start, end = section.blocks[-1]
             prompt, stream = divmod(row, self.settings.num_streams)
             self.streamer.put(prompt, stream, section.tokens[start:end])
-            if coverage_MP is not None:
-                section.coverage = {
-                    item: float(coverage_MP[index, item])
-                    for item, entry in enumerate(self.inputs.entries[prompt])
-                    if entry.stream in (None, stream)
-                }
+            section.coverage = coverage[index]
 
     def _choose(self, rows_M: torch.Tensor, logits_MV: torch.Tensor) -> None:
         """The next token of each row, from its own history and its own randomness."""

@@ -72,7 +72,7 @@ class BusRollout:
     written_RVKN: torch.Tensor
     teacher_RVKN: torch.Tensor | None
     published_RVKN: torch.Tensor
-    exists_RV: torch.Tensor
+    on_bus_RV: torch.Tensor
     plan_BPN: torch.Tensor | None
     plan_mask_BP: torch.Tensor | None
 
@@ -133,10 +133,12 @@ def teacher_notes(stack: PDTStack, rollout: Rollout) -> torch.Tensor | None:
     rows, rounds, length = rollout.note_ids_RVL.shape
     mask = rollout.note_mask_RVL.bool().view(-1, length)
     present = mask.any(dim=1)
-    states = encode_texts(stack, rollout.note_ids_RVL.view(-1, length)[present], mask[present])
-    notes = stack.heads.encode(states, mask[present])
-    full = notes.new_zeros(rows * rounds, *notes.shape[1:]).masked_scatter(present[:, None, None], notes)
-    return full.view(rows, rounds, *notes.shape[1:])
+    num_notes, width = stack.heads.encoder.query.shape[0], stack.heads.note_norm.weight.shape[0]
+    notes = torch.zeros(rows * rounds, num_notes, width, device=mask.device)
+    if bool(present.any()):
+        states = encode_texts(stack, rollout.note_ids_RVL.view(-1, length)[present], mask[present])
+        notes = notes.masked_scatter(present[:, None, None], stack.heads.encode(states, mask[present]))
+    return notes.view(rows, rounds, num_notes, width)
 
 
 def run_bus(stack: PDTStack, tap: TapState, rollout: Rollout, gate_scale: float = 1.0) -> BusRollout:
@@ -163,7 +165,7 @@ def run_bus(stack: PDTStack, tap: TapState, rollout: Rollout, gate_scale: float 
         plan_mask,
     )
     note_states = stack.project_notes(notes, mask, gate_scale)
-    return BusRollout(note_states, written, teacher, published, exists, plan, plan_mask)
+    return BusRollout(note_states, written, teacher, published, on_bus, plan, plan_mask)
 
 
 def coverage_logits(stack: PDTStack, tap: TapState, rollout: Rollout, bus: BusRollout) -> torch.Tensor | None:
@@ -186,7 +188,7 @@ def agreement_logits(
     write_round = rollout.write_round_RT
     notes, mask = training_window(
         bus.published_RVKN.detach(),
-        bus.exists_RV if rollout.keep_RV is None else bus.exists_RV & rollout.keep_RV,
+        bus.on_bus_RV,
         write_round,
         torch.zeros_like(rollout.lag_R1),
         rollout.num_streams,

@@ -1,0 +1,278 @@
+"""Ways of writing the same documents: parallel with and without the bus, sequential, with shared text.
+
+Every mode ends in the text of each stream with the character offset at which each round ended, so that
+`trainer_pdt.data.counting` counts all of them alike.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modeling_pdt import PDTForParallelDecoding
+from modeling_pdt.interventions import (
+    Ablate,
+    GateZero,
+    Intervention,
+    NormScramble,
+    SelfOnly,
+    Swap,
+    ZeroNotes,
+)
+
+from ..data.counting import StreamText
+from ..data.schema import Document
+from ..render import render_header, render_outline, render_prompt, render_request
+
+# Interventions of the parallel modes; a mode starts from the trained model with the bus on.
+PARALLEL_MODES: dict[str, Callable[[], list[Intervention]]] = {
+    "pdt": lambda: [],
+    "ablated": lambda: [Ablate()],
+    "zero_notes": lambda: [ZeroNotes()],
+    "gate_zero": lambda: [GateZero()],
+    "self_only": lambda: [SelfOnly()],
+    "norm_scramble": lambda: [NormScramble()],
+}
+
+
+@dataclass
+class Written:
+    """
+    Documents as one mode wrote them.
+
+    Args:
+        texts (`list[list[StreamText]]`): Per document, per stream.
+        outputs (`list[ParallelGenerateOutput]`): Of the parallel modes, one per batch.
+        results (`list[list[StreamResult]]`): Per document, per stream; parallel modes only.
+        events (`list[list[dict]]`): Trace events per document; parallel modes only.
+    """
+
+    texts: list[list[StreamText]] = field(default_factory=list)
+    results: list[list[Any]] = field(default_factory=list)
+    events: list[list[dict]] = field(default_factory=list)
+
+
+def plan_entries(document: Document) -> list[dict]:
+    """The document's plan items as `generate` takes them."""
+    return [{"text": item.text, "stream": item.stream} for item in document.items]
+
+
+def section_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], blocks: Sequence[tuple]) -> StreamText:
+    """A section's text without EOS, with the character offset at which each of its blocks ended."""
+    tokens = [token for token in token_ids if token != tokenizer.eos_token_id]
+    ends = tuple(len(tokenizer.decode(tokens[:end])) for _, end in blocks)
+    return StreamText(tokenizer.decode(tokens), ends)
+
+
+def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Consecutive slices of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+@torch.no_grad()
+def write_parallel(
+    model: PDTForParallelDecoding,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    interventions: Sequence[Intervention] = (),
+    trunk_only: bool = False,
+    prompts: Sequence[str] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    max_new_tokens: int = 110,
+    **options: Any,
+) -> Written:
+    """
+    All sections of every document at the same time, at temperature 1 unless `options` say otherwise.
+
+    Args:
+        documents (`Sequence[Document]`): Whose plans are written; all with the same number of streams.
+        interventions (`Sequence[Intervention]`): What is changed in what the streams read.
+        trunk_only (`bool`): Adapters off: independent streams of the bare trunk.
+        prompts (`Sequence[str]`, *optional*): Prompt texts in place of the documents' own.
+        options: Further arguments of `generate`.
+    """
+    written = Written()
+    prompts = [render_prompt(document, tokenizer) for document in documents] if prompts is None else prompts
+    for batch in batches(list(zip(documents, prompts, strict=True)), batch_size):
+        encoded = tokenizer([prompt for _, prompt in batch], return_tensors="pt", padding=True, add_special_tokens=False)
+        with model.disable_adapter() if trunk_only else nullcontext():
+            output = model.generate(
+                encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                tokenizer=tokenizer,
+                num_streams=len(batch[0][0].streams),
+                plan_texts=[plan_entries(document) for document, _ in batch],
+                stream_prefixes=[[render_header(stream.header) for stream in doc.streams] for doc, _ in batch],
+                interventions=list(interventions),
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **options},
+            )
+        for index, results in enumerate(output.streams):
+            written.results.append(results)
+            written.texts.append([section_text(tokenizer, r.token_ids, r.blocks) for r in results])
+            written.events.append([event for event in output.trace.events if event.get("prompt") == index])
+    return written
+
+
+def twin_prompts(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """
+    For each document the request of another document of its domain over the document's own outline.
+
+    The twin's streams state the same cues about another subject, so their notes can be swapped in.
+    """
+    prompts = []
+    for index, document in enumerate(documents):
+        others = [other for other in documents if other.domain == document.domain and other is not document]
+        if not others:
+            raise ValueError(f"documents hold one document of domain {document.domain!r}; a swap needs at least two.")
+        request = others[index % len(others)].prompt
+        prompts.append(render_request(request, tokenizer) + render_outline(document))
+    return prompts
+
+
+def write_swapped(
+    model: PDTForParallelDecoding,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    batch_size: int = 32,
+    **options: Any,
+) -> tuple[Written, Written]:
+    """Documents and their twins side by side, each reading the other's notes; returns both, in document order."""
+    twins = twin_prompts(documents, tokenizer)
+    pairs: list[tuple[Document, str]] = []
+    for document, twin in zip(documents, twins, strict=True):
+        pairs += [(document, render_prompt(document, tokenizer)), (document, twin)]
+    own, other = Written(), Written()
+    for batch in batches(pairs, batch_size - batch_size % 2):
+        donors = [index ^ 1 for index in range(len(batch))]
+        part = write_parallel(
+            model,
+            tokenizer,
+            [document for document, _ in batch],
+            prompts=[prompt for _, prompt in batch],
+            interventions=[Swap(donors)],
+            batch_size=len(batch),
+            **options,
+        )
+        for target, offset in ((own, 0), (other, 1)):
+            target.texts += part.texts[offset::2]
+            target.results += part.results[offset::2]
+            target.events += part.events[offset::2]
+    return own, other
+
+
+@torch.no_grad()
+def write_sequential(
+    model: PDTForParallelDecoding,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    batch_size: int = 32,
+    seed: int = 0,
+    max_new_tokens: int = 110,
+    **options: Any,
+) -> Written:
+    """The bare trunk writes the sections one after another, each with all earlier ones in its context."""
+    written = Written()
+    for batch in batches(documents, batch_size):
+        prefixes = [tokenizer(render_prompt(d, tokenizer), add_special_tokens=False)["input_ids"] for d in batch]
+        texts: list[list[StreamText]] = [[] for _ in batch]
+        for number in range(len(batch[0].streams)):
+            headers = [render_header(document.streams[number].header) for document in batch]
+            output = continue_rows(
+                model, tokenizer, prefixes, headers, seed + number, max_new_tokens=max_new_tokens, **options
+            )
+            for index, results in enumerate(output.streams):
+                tokens = results[0].token_ids
+                # Everything of section k counts as round k: earlier sections are visible as a whole.
+                texts[index].append(StreamText(section_text(tokenizer, tokens, []).text, (0,) * number))
+                end = [] if tokens[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+                header = tokenizer(headers[index], add_special_tokens=False)["input_ids"]
+                prefixes[index] = prefixes[index] + header + tokens + end
+        written.texts += texts
+    return written
+
+
+def continue_rows(
+    model: PDTForParallelDecoding,
+    tokenizer: PreTrainedTokenizerBase,
+    prefixes: Sequence[Sequence[int]],
+    headers: Sequence[str],
+    seed: int,
+    **options: Any,
+) -> Any:
+    """One stream of the bare trunk per prefix, by the same loop as parallel decoding."""
+    encoded = tokenizer.pad({"input_ids": [list(prefix) for prefix in prefixes]}, return_tensors="pt")
+    with model.disable_adapter():
+        return model.generate(
+            encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            tokenizer=tokenizer,
+            num_streams=1,
+            stream_prefixes=[[header] for header in headers],
+            seed=seed,
+            return_dict_in_generate=True,
+            **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **options},
+        )
+
+
+@torch.no_grad()
+def write_full_text(
+    model: PDTForParallelDecoding,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    block_size: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    max_new_tokens: int = 110,
+    **options: Any,
+) -> Written:
+    """
+    The bare trunk writes in rounds of a block, each stream reading its siblings' text up to the round before.
+
+    A stream's context is the prompt, every sibling's header and text so far, then its own header and text: what a bus
+    could carry at most, at the price of a prefill per round.
+    """
+    written = Written()
+    for batch in batches(documents, batch_size):
+        rows = [(index, stream) for index, document in enumerate(batch) for stream in range(len(document.streams))]
+        prompts = [tokenizer(render_prompt(d, tokenizer), add_special_tokens=False)["input_ids"] for d in batch]
+        headers = [
+            tokenizer(render_header(batch[i].streams[s].header), add_special_tokens=False)["input_ids"] for i, s in rows
+        ]
+        texts: list[list[int]] = [[] for _ in rows]
+        blocks: list[list[tuple[int, int]]] = [[] for _ in rows]
+        open_rows = list(range(len(rows)))
+        while open_rows:
+            prefixes = []
+            for row in open_rows:
+                index, stream = rows[row]
+                prefix = list(prompts[index])
+                for other, (document, sibling) in enumerate(rows):
+                    if document == index and sibling != stream and texts[other]:
+                        prefix += headers[other] + texts[other]
+                prefixes.append(prefix + headers[row] + texts[row])
+            round_seed = seed + 1000 * len(blocks[open_rows[0]])
+            output = continue_rows(
+                model, tokenizer, prefixes, [""] * len(prefixes), round_seed, max_new_tokens=block_size, **options
+            )
+            for row, results in zip(open_rows, output.streams, strict=True):
+                start = len(texts[row])
+                texts[row] = texts[row] + results[0].token_ids
+                blocks[row].append((start, len(texts[row])))
+            open_rows = [
+                row
+                for row in open_rows
+                if texts[row][-1] != tokenizer.eos_token_id and len(texts[row]) < max_new_tokens
+            ]
+        streams = iter(range(len(rows)))
+        for document in batch:
+            own = [next(streams) for _ in document.streams]
+            written.texts.append([section_text(tokenizer, texts[row], blocks[row]) for row in own])
+    return written
