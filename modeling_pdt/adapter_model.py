@@ -47,9 +47,7 @@ class PDTTuner(BaseTuner):
             name = check_trunk(model)
             check_adapter_name(adapter_name, model)
             trunk_config = model.config.get_text_config(decoder=True)
-            config.resolve(
-                trunk_config.hidden_size, trunk_config.num_hidden_layers, trunk_config.num_attention_heads
-            )
+            config.resolve(trunk_config.hidden_size, trunk_config.num_hidden_layers, trunk_config.num_attention_heads)
         except Exception:
             if len(self.peft_config) > 1:
                 self.peft_config.pop(adapter_name, None)

@@ -1,6 +1,7 @@
 """The notes bus: what each stream has published, and which of it a reader may see.
 
-Letters: B prompts, S streams, R = B * S rows, T tokens, W notes of a window, V rounds, K notes per block, N note width.
+Letters: B prompts, S streams, R = B * S rows, T tokens, W notes of a window, V rounds, K notes per block, N note
+width.
 """
 
 import torch
@@ -18,8 +19,8 @@ def visible_notes(
     """
     The one visibility rule, used by training and decoding.
 
-    A reader that writes round v sees its siblings' notes of rounds in (v - lag - capacity, v - lag]; every producer has
-    the same number of rounds in the window. The plan is not subject to it.
+    A reader that writes round v sees its siblings' notes of rounds in (v - lag - capacity, v - lag]; every producer
+    has the same number of rounds in the window. The plan is not subject to it.
 
     Args:
         reader_stream (`torch.Tensor` of shape `[...]`): Stream of the reader.
@@ -97,7 +98,7 @@ class NotesBus:
             notes_MKN (`torch.Tensor` of shape `[M, K, N]`): The notes.
 
         Raises:
-            ValueError: When a row publishes the same round twice, a round is negative, or the notes have another shape.
+            ValueError: When a row publishes a round twice, a round is negative, or the notes have another shape.
         """
         if rows.numel() == 0:
             return
@@ -140,7 +141,7 @@ class NotesBus:
         Returns:
             `(notes, mask)` of shapes `[M, W, N]` and `[M, W]`.
         """
-        num_prompts, streams, stored, per_block, width = self.notes_BSVKN.shape
+        _, streams, stored, per_block, width = self.notes_BSVKN.shape
         sources = rows if sources is None else sources
         prompt = sources // streams
         newest = read_round - lag

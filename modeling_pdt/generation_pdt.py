@@ -118,6 +118,8 @@ class ParallelDecoder:
         )
         self.prompt_key_R = torch.tensor(prompt_keys(inputs.prompts), device=device)[self.streams.prompt_R]
         self.adapter_stream_R = self.streams.stream_R % model.config.num_streams
+        # A row without header starts at its last prompt token, which is not conditioned.
+        self.headless_R = torch.tensor([not header for header in inputs.headers], device=device)
         self.note_states: NoteStates | None = None
         self.trace = DecodingTrace(settings={**vars(settings), "plan": inputs.plan_source})
         self.trace.settings["interventions"] = [intervention.name for intervention in inputs.interventions]
@@ -130,7 +132,7 @@ class ParallelDecoder:
         logits_RV = self._start()
         self.trace.timings["prefill_s"] = time.perf_counter() - started
         self._choose(self.streams.rows_R, logits_RV)
-        while bool(self.streams.live_R.any()):
+        while self.streams.live_rows:
             self._step()
         self.streamer.end()
         self.trace.timings["total_s"] = time.perf_counter() - started
@@ -201,30 +203,29 @@ class ParallelDecoder:
     def _step(self) -> None:
         """One trunk call: consume a token per live row, exchange notes where a block is complete, choose the next."""
         streams = self.streams
-        live_R = streams.live_R.clone()
+        live_R = streams.live_R
         tap = self._lower(live_R)
         streams.consume(tap.hidden)
         self.trace.calls += 1
-        boundary_R = streams.at_boundary(self.eos_ids)
-        counts_R = torch.zeros_like(streams.fed_R)
-        retried_R = torch.zeros_like(boundary_R)
-        if bool(boundary_R.any()):
-            counts_R, retried_R = self._close_blocks(boundary_R.nonzero().squeeze(1))
+        counts_R = None
+        # The one transfer per token: which rows stand at a boundary.
+        at_boundary = streams.at_boundary(self.eos_ids).tolist()
+        retried: list[int] = []
+        if any(at_boundary):
+            rows_M = streams.rows_R[[row for row, flag in enumerate(at_boundary) if flag]]
+            counts_R, retried = self._close_blocks(rows_M)
             self._refresh_window()
-        choosing = (streams.live_R & ~retried_R).nonzero().squeeze(1)
-        if choosing.numel() == 0 and not bool(retried_R.any()):
+        choosing = [row for row in streams.live_rows if row not in retried]
+        if not choosing and not retried:
             return
-        stream_ids = torch.where(self._conditioned(), self.adapter_stream_R, -1)[:, None]
+        conditioned_R = ~self.headless_R | (streams.fed_R > 0)
+        stream_ids = torch.where(conditioned_R, self.adapter_stream_R, -1)[:, None]
         hidden = self.stack.upper(tap, self.note_states, stream_ids)
-        streams.rollback(counts_R)
-        if choosing.numel():
-            self._choose(choosing, self.model.get_output_embeddings()(hidden[choosing, 0]))
-
-    def _conditioned(self) -> torch.Tensor:
-        """Rows whose token just consumed stands behind the prompt: all but a row without header at its very start."""
-        streams = self.streams
-        headless = torch.tensor([not section.header for section in streams.sections], device=streams.device)
-        return ~(headless & (streams.fed_R <= 0))
+        if retried:
+            streams.rollback(counts_R)
+        if choosing:
+            rows_M = streams.rows_R[choosing]
+            self._choose(rows_M, self.model.get_output_embeddings()(hidden[rows_M, 0]))
 
     def _lower(self, live_R: torch.Tensor) -> TapState:
         streams = self.streams
@@ -261,8 +262,8 @@ class ParallelDecoder:
             scale = intervention.gate_scale(scale)
         self.note_states = self.stack.project_notes(notes, mask, scale)
 
-    def _close_blocks(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes notes, judges, commits or withdraws; returns tokens to take back and rows that write again `[R]`."""
+    def _close_blocks(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Writes notes, judges, commits or withdraws; returns tokens to take back `[R]` and rows that write again."""
         streams, heads = self.streams, self.stack.heads
         states, previous, mask = streams.block_states(rows_M)
         notes = heads.write(states, mask, self.settings.block_size)
@@ -289,10 +290,7 @@ class ParallelDecoder:
         coverage = self._own_coverage(rows_M, coverage_MP)
         self._record(rows_M, agreement_M, withdrawn_M, coverage)
         self._commit(rows_M[~withdrawn_M], [c for c, gone in zip(coverage, withdrawn_M, strict=True) if not gone])
-        counts_R = streams.withdraw(rows_M[withdrawn_M])
-        retried_R = torch.zeros_like(streams.live_R)
-        retried_R[rows_M[withdrawn_M]] = True
-        return counts_R, retried_R
+        return streams.withdraw(rows_M[withdrawn_M]), rows_M[withdrawn_M].tolist()
 
     def _coverage(self, rows_M: torch.Tensor) -> torch.Tensor | None:
         if not self.inputs.num_items:

@@ -71,6 +71,30 @@ def save_trunk(trunk: torch.nn.Module, folder: Path) -> None:
         trunk.generation_config.save_pretrained(folder)
 
 
+def save_adapter(peft: PeftModel, adapter_name: str, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
+    """
+    Writes one adapter's configuration and safetensors into `folder`, whatever the adapter's name.
+
+    Args:
+        peft (`PeftModel`): The model that holds it.
+        adapter_name (`str`): Its name in this process.
+        folder (`Path`): Created if missing.
+        state (`dict`, *optional*): State to save in place of the model's own, named as in `peft.state_dict()`.
+    """
+    peft.save_pretrained(
+        str(folder),
+        selected_adapters=[adapter_name],
+        save_embedding_layers=False,
+        **({} if state is None else {"state_dict": state}),
+    )
+    # PEFT writes any adapter that is not called "default" into a folder of its name.
+    named = folder / adapter_name
+    if adapter_name != "default":
+        for file in named.iterdir():
+            file.replace(folder / file.name)
+        named.rmdir()
+
+
 def read_adapter_config(folder_or_repo: str, subfolder: str, hub_kwargs: dict[str, Any]) -> PDTAdapterConfig:
     """
     The adapter's configuration, read strictly.
@@ -111,9 +135,7 @@ def load_adapter_weights(
     set_peft_model_state_dict(peft, loaded, adapter_name=adapter_name)
 
 
-def check_adapter_state(
-    loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str
-) -> None:
+def check_adapter_state(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str) -> None:
     """Raises `ValueError` unless both states have the same names and shapes."""
     problems = [
         *(f"missing {name}" for name in sorted(set(expected) - set(loaded))),

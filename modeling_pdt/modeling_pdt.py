@@ -30,6 +30,7 @@ from .hub_layout import (
     portable_trunk_name,
     read_adapter_config,
     resolve_trunk_name,
+    save_adapter,
     save_trunk,
 )
 from .note_states import NoteStates
@@ -211,12 +212,7 @@ class PDTForParallelDecoding(PreTrainedModel):
         adapter_state = None
         if state_dict is not None:
             adapter_state = {key.removeprefix("peft."): value for key, value in state_dict.items()}
-        self.peft.save_pretrained(
-            str(folder / config.adapter_subfolder),
-            selected_adapters=[self.stack.active],
-            save_embedding_layers=False,
-            **({} if adapter_state is None else {"state_dict": adapter_state}),
-        )
+        save_adapter(self.peft, self.stack.active, folder / config.adapter_subfolder, adapter_state)
         if push_to_hub:
             self._upload(folder, kwargs)
 

@@ -164,7 +164,8 @@ class StreamAdapter(nn.Module):
         """
         Args:
             hidden_RTD (`torch.Tensor` of shape `[R, T, D]`): States.
-            stream_RT (`torch.LongTensor` of shape `[R, T]`): Stream of each token, -1 for none. A row holds one stream.
+            stream_RT (`torch.LongTensor` of shape `[R, T]`): Stream of each token, -1 for none. A row
+                holds one stream.
         """
         stream_R = stream_RT.amax(dim=1)
         index = stream_R.clamp(min=0)

@@ -69,6 +69,7 @@ class StreamBatch:
         self.next_R = zeros.clone()
         self.stop_R = torch.zeros(rows, dtype=torch.bool, device=device)
         self.live_R = torch.ones(rows, dtype=torch.bool, device=device)
+        self.live_rows = list(range(rows))
         self.tokens_RL = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         # Place 0 holds the position before the section, place i + 1 section token i.
         self.tap_RLD = torch.zeros(rows, max_new_tokens + 1, width, device=device)
@@ -97,10 +98,9 @@ class StreamBatch:
 
     def consume(self, tap_R1D: torch.Tensor) -> None:
         """Stores the tap state of the token that every live row has just consumed."""
-        place = self.fed_R.clamp(min=0) + 1
-        place = torch.where(self.fed_R < 0, 0, place)
-        rows = self.live_R.nonzero().squeeze(1)
-        self.tap_RLD[rows, place[rows]] = tap_R1D[rows, 0].to(self.tap_RLD.dtype)
+        # Rows that left the loop write to a place that nothing reads any more.
+        place = torch.where(self.fed_R < 0, 0, self.fed_R + 1).clamp(max=self.max_new_tokens)
+        self.tap_RLD[self.rows_R, place] = tap_R1D[:, 0].to(self.tap_RLD.dtype)
         self.fed_R = self.fed_R + self.live_R.long()
         self.position_R = self.position_R + self.live_R.long()
 
@@ -170,9 +170,11 @@ class StreamBatch:
 
     def finish(self, rows_M: torch.Tensor, eos_ids: torch.Tensor) -> None:
         """Takes rows out of the loop; a row whose last token is EOS is finished."""
+        self.live_R = self.live_R.clone()
         self.live_R[rows_M] = False
         eos = set(eos_ids.tolist())
         for row in rows_M.tolist():
+            self.live_rows.remove(row)
             self.sections[row].finished = self.sections[row].tokens[-1] in eos
 
     def histories(self, rows_M: torch.Tensor) -> list[torch.Tensor]:

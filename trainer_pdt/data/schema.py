@@ -5,7 +5,7 @@ later, in ``trainer_pdt.features``. Standard library only.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 NOTES_SCHEMA_VERSION = "2.0"
 

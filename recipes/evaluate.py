@@ -1,0 +1,64 @@
+"""Evaluates trained adapters on held-out worlds: `python recipes/evaluate.py --model build/demo/model`.
+
+Writes `evaluation.json`, a report in HTML and Markdown with plots, and the calibrated agreement threshold into the
+model's `generation_config.json`.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from modeling_pdt import PDTForParallelDecoding
+from trainer_pdt.evaluation.bars import check_bars
+from trainer_pdt.evaluation.report import write_report
+from trainer_pdt.evaluation.suite import Evaluation, EvaluationArguments
+from trainer_pdt.parser import RecipeParser
+from trainer_pdt.telemetry import command_line, read_json, write_json
+
+SECTIONS = ("recall", "coverage", "agreement", "rollback", "text", "speed", "examples")
+KEYS = {"text": "text_ce"}
+
+
+def main(args: list[str] | None = None) -> dict:
+    """Runs every section and returns what was written to `evaluation.json`."""
+    (arguments,) = RecipeParser(EvaluationArguments).parse(args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(arguments.threads)
+    folder = Path(arguments.output_folder)
+    model = PDTForParallelDecoding.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    evaluation = Evaluation(model, tokenizer, arguments)
+    report: dict = {
+        "settings": {
+            "command": command_line(),
+            "seed": arguments.eval_seed,
+            "documents": {"core": arguments.core_documents, "hard": arguments.hard_documents},
+            "block_size": model.config.block_size,
+            "bus_lag": model.config.bus_lag,
+            "temperature": 1.0,
+            "threads": arguments.threads,
+        }
+    }
+    training = read_json(Path(arguments.training_report)) if arguments.training_report else None
+    if training is not None:
+        report["settings"]["training"] = training.get("training", {})
+    for section in SECTIONS:
+        started = time.perf_counter()
+        value = getattr(evaluation, section)()
+        report |= value if section == "recall" else {KEYS.get(section, section): value}
+        logging.info("%s: %.0f s", section, time.perf_counter() - started)
+    report["bars"] = check_bars(report)
+    write_json(folder / "evaluation.json", report)
+    if Path(arguments.model).is_dir():
+        model.generation_config.save_pretrained(arguments.model)
+    write_report(report, training, folder)
+    for bar in report["bars"]:
+        logging.info("%-45s %8.3f  %-9s %s", bar["name"], bar["value"], bar["bar"], "met" if bar["met"] else "missed")
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation: decoding modes, scoring, benchmarks, and the report made of them."""

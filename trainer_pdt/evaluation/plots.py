@@ -1,0 +1,293 @@
+"""Figures of an evaluation, one function per figure; each saves a PNG and returns its path, or `None` without data.
+
+Colours are the palette of Okabe and Ito, which colour-blind readers can tell apart; shape or text repeats every
+distinction that a colour makes.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .tables import MODES, measure, part
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+INK, GREY, PALE = "#222222", "#767676", "#DDDDDD"
+MODE_COLORS = {
+    **dict.fromkeys(("pdt", "pdt_core"), BLUE),
+    **dict.fromkeys(("sequential", "sequential_core", "full_text"), GREEN),
+    **dict.fromkeys(("swapped_follow", "swapped_own"), PURPLE),
+}
+"""Colours by group of modes: notes on, references with text, swapped notes; all others are controls without notes."""
+
+
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(GREY)
+        axis.tick_params(colors=INK, labelsize=9, length=3)
+    return figure, list(axes.flat)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160, facecolor="white")
+    return path
+
+
+def _title(axis: Axes, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=11, color=INK, fontweight="bold", pad=10)
+
+
+def _whisker(axis: Axes, y: float, value: Any, color: str, marker: str = "o") -> None:
+    """A dot with its interval and its number, on a row of a dot plot over 0 to 1."""
+    read = measure(value)
+    if read is None:
+        return
+    low, high = (read.mean if bound is None else bound for bound in (read.low, read.high))
+    axis.plot([low, high], [y, y], color=color, linewidth=3, alpha=0.45, solid_capstyle="round")
+    axis.plot([read.mean], [y], marker, color=color, markersize=8, markeredgecolor="white")
+    axis.text(max(high, read.mean) + 0.02, y, f"{read.mean:.2f}", va="center", fontsize=9, color=INK)
+
+
+def plot_recall(evaluation: Mapping[str, Any], path: Path) -> Path | None:
+    """
+    Sibling-fact recall by decoding mode with intervals, and the line of chance.
+
+    Args:
+        evaluation (`dict`): Content of `evaluation.json`.
+        path (`Path`): PNG to write.
+    """
+    recall = part(evaluation, "sibling_fact_recall")
+    modes = [mode for mode in MODES if measure(recall.get(mode)) is not None]
+    if not modes:
+        return None
+    figure, (axis,) = _figure(9, 0.9 + 0.36 * len(modes))
+    for place, mode in enumerate(modes):
+        axis.axhline(place, color=PALE, linewidth=0.7, zorder=0)
+        _whisker(axis, place, recall[mode], MODE_COLORS.get(mode, RED), "o" if mode in MODE_COLORS else "D")
+    chance = measure(part(evaluation, "chance").get("overall"))
+    if chance is not None:
+        axis.axvline(chance.mean, color=GREY, linestyle="--", linewidth=1.2)
+        axis.text(chance.mean, -0.75, f"chance {chance.mean:.2f}", ha="center", fontsize=8.5, color=GREY)
+    axis.set_yticks(range(len(modes)), [MODES[mode] for mode in modes])
+    axis.set_ylim(len(modes) - 0.4, -1.0)
+    axis.set_xlim(-0.01, 1.09)
+    axis.set_xlabel("references that repeat the fact their sibling chose (95 % interval over documents)", fontsize=9)
+    axis.spines["left"].set_visible(False)
+    _title(axis, "Sibling-fact recall, free-running decoding")
+    return _save(figure, path)
+
+
+def log_history(training: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """
+    The log entries of a run, from `trainer_state.json` (`log_history`) or a training report (`history`).
+
+    Args:
+        training (`dict`, *optional*): Parsed file.
+    """
+    for key in ("log_history", "history"):
+        entries = (training or {}).get(key)
+        if isinstance(entries, list):
+            return [entry for entry in entries if isinstance(entry, Mapping) and measure(entry.get("step"))]
+    return []
+
+
+def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """
+    Curves by panel: panel name -> `"train"` or `"held out"` -> points (step, value).
+
+    A panel is a loss, a loss part (`loss_*`) or a held-out measure (`eval_*`); timings and rates are left out.
+
+    Args:
+        history (`list[dict]`): Log entries with `step`.
+    """
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for entry in history:
+        for key, value in entry.items():
+            held_out = key.startswith("eval_")
+            name = key.removeprefix("eval_")
+            wanted = held_out or name == "loss" or name.startswith("loss_")
+            skipped = name in ("runtime", "model_preparation_time") or name.endswith("_per_second")
+            read = measure(value)
+            if wanted and not skipped and read is not None:
+                kind = "held out" if held_out else "train"
+                panels.setdefault(name, {}).setdefault(kind, []).append((float(entry["step"]), read.mean))
+    order = sorted(panels, key=lambda name: (name != "loss", "held out" not in panels[name], name))
+    return {name: panels[name] for name in order}
+
+
+def plot_learning(training: Mapping[str, Any] | None, path: Path) -> Path | None:
+    """
+    Learning curves as small multiples, one panel per loss part or held-out measure, stages marked.
+
+    Args:
+        training (`dict`, *optional*): `trainer_state.json` or the training report.
+        path (`Path`): PNG to write.
+    """
+    panels = curves(log_history(training))
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(3.6 * columns, 0.5 + 2.3 * rows, columns, rows, sharex=True)
+    stages = [stage for stage in (training or {}).get("stages") or [] if isinstance(stage, Mapping)]
+    for index, (axis, (name, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
+        for kind, points in lines.items():
+            color, marker = (ORANGE, "o") if kind == "held out" else (BLUE, "")
+            axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.5, label=kind)
+        axis.set_title(name.replace("_", " "), loc="left", fontsize=9.5, color=INK)
+        if len(lines) > 1 or index == 0:
+            axis.legend(frameon=False, fontsize=8)
+        _mark_stages(axis, stages, index < columns)
+        if index + columns >= len(panels):
+            axis.set_xlabel("optimizer step", fontsize=9)
+            axis.tick_params(labelbottom=True)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    return _save(figure, path)
+
+
+def _mark_stages(axis: Axes, stages: Sequence[Mapping[str, Any]], named: bool) -> None:
+    """A line where a stage begins; its name on the first row of panels."""
+    for stage in stages:
+        start = measure(stage.get("first_step", stage.get("start")))
+        if start is None:
+            continue
+        axis.axvline(start.mean, color=GREY, linestyle=":", linewidth=1)
+        if named:
+            where = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "left", "va": "top"}
+            axis.text(start.mean, 0.97, f" {stage.get('name', '')}", fontsize=7, color=GREY, **where)
+
+
+def plot_agreement(evaluation: Mapping[str, Any], path: Path) -> Path | None:
+    """
+    ROC of the agreement head (planted contradictions, own text) and its area beside the controls.
+
+    Args:
+        evaluation (`dict`): Content of `evaluation.json`.
+        path (`Path`): PNG to write.
+    """
+    agreement = part(evaluation, "agreement")
+    controls = part(agreement, "controls")
+    lines = [
+        (agreement.get("roc"), "planted", BLUE, "-"),
+        (agreement.get("roc_generated"), "own generated text", ORANGE, "--"),
+    ]
+    areas = [
+        ("head, planted", agreement.get("auroc"), BLUE, "o"),
+        ("head, own generated text", agreement.get("auroc_generated"), ORANGE, "o"),
+        ("head, notes zeroed", agreement.get("zeroed_notes"), RED, "D"),
+        ("'block holds a reference'", controls.get("reference_present"), RED, "D"),
+        ("log p(no bus) - log p(notes)", controls.get("logp_gap"), RED, "D"),
+    ]
+    areas = [area for area in areas if measure(area[1]) is not None]
+    if not areas and not any(line[0] for line in lines):
+        return None
+    figure, (left, right) = _figure(10, 4, 2)
+    left.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
+    for points, name, color, style in lines:
+        if points:
+            left.plot(*zip(*points, strict=True), style, color=color, linewidth=2, label=name)
+    if any(line[0] for line in lines):
+        left.legend(frameon=False, fontsize=9, loc="lower right")
+    left.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel="sound blocks flagged", ylabel="contradictions flagged")
+    _title(left, "Agreement head, ROC")
+    right.axvline(0.5, color=GREY, linestyle="--", linewidth=1.2)
+    for place, (_, value, color, marker) in enumerate(areas):
+        right.axhline(place, color=PALE, linewidth=0.7, zorder=0)
+        _whisker(right, place, value, color, marker)
+    right.set_yticks(range(len(areas)), [area[0] for area in areas])
+    right.set(xlim=(0, 1.1), ylim=(len(areas) - 0.4, -0.6), xlabel="area under the ROC (0.5 = guessing)")
+    right.spines["left"].set_visible(False)
+    _title(right, "Head and controls")
+    return _save(figure, path)
+
+
+def plot_coverage(evaluation: Mapping[str, Any], path: Path) -> Path | None:
+    """
+    Precision over recall of the coverage head on generated text, operating points marked.
+
+    Args:
+        evaluation (`dict`): Content of `evaluation.json`.
+        path (`Path`): PNG to write.
+    """
+    coverage = part(evaluation, "coverage")
+    curve = [point for point in coverage.get("curve") or [] if all(measure(value) for value in point[:2])]
+    marks = [
+        ("decoding threshold", coverage, BLUE, "o"),
+        ("plan wordings never trained", part(coverage, "heldout_wordings"), ORANGE, "D"),
+    ]
+    points = [
+        (name, measure(entry.get("recall")), measure(entry.get("precision")), color, marker)
+        for name, entry, color, marker in marks
+    ]
+    points = [point for point in points if point[1] is not None and point[2] is not None]
+    if not curve and not points:
+        return None
+    figure, (axis,) = _figure(6.2, 4)
+    if curve:
+        axis.plot([point[0] for point in curve], [point[1] for point in curve], color=SKY, linewidth=2)
+    for name, recall, precision, color, marker in points:
+        label = f"{name}: precision {precision.mean:.3f}, recall {recall.mean:.3f}"
+        axis.plot([recall.mean], [precision.mean], marker, color=color, markersize=9, label=label)
+    if points:
+        axis.legend(frameon=False, fontsize=8.5, loc="lower left")
+    values = [value for point in curve for value in point[:2]] + [m.mean for point in points for m in point[1:3]]
+    low = max(0.0, min([*values, 0.9]) - 0.05)
+    axis.set(xlim=(low, 1.005), ylim=(low, 1.005), xlabel="recall", ylabel="precision")
+    _title(axis, "Coverage per block and plan item, generated text")
+    return _save(figure, path)
+
+
+def plot_timeline(example: Mapping[str, Any], path: Path) -> Path | None:
+    """
+    Blocks and rollbacks of one answer: a row per stream, over trunk calls.
+
+    Args:
+        example (`dict`): Entry of `examples` in `evaluation.json`.
+        path (`Path`): PNG to write.
+    """
+    events = [event for event in example.get("events") or [] if event.get("kind") in ("commit", "rollback")]
+    streams = example.get("streams") or []
+    if not events or not streams:
+        return None
+    figure, (axis,) = _figure(10, 1.4 + 0.62 * len(streams))
+    began = [0.0] * len(streams)
+    for event in sorted(events, key=lambda event: event["call"]):
+        stream, call = event["stream"], float(event["call"])
+        _draw_block(axis, began[stream], call, stream, event)
+        began[stream] = call
+    axis.set_yticks(range(len(streams)), [str(stream.get("header", "")) for stream in streams])
+    axis.set(
+        ylim=(len(streams) - 0.45, -0.65), xlim=(0, max(began) * 1.005), xlabel="trunk calls (one token per stream)"
+    )
+    axis.spines["left"].set_visible(False)
+    looks = {"committed": (BLUE, None), "withdrawn": (RED, "////"), "written again": (GREEN, None)}
+    handles = [
+        Rectangle((0, 0), 1, 1, facecolor="white" if hatch else color, edgecolor=color, hatch=hatch, label=name)
+        for name, (color, hatch) in looks.items()
+    ]
+    axis.legend(handles=handles, frameon=False, fontsize=8.5, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    _title(axis, "Blocks of one answer, numbers are rounds")
+    return _save(figure, path)
+
+
+def _draw_block(axis: Axes, start: float, end: float, stream: int, event: Mapping[str, Any]) -> None:
+    """One block: filled when it stands, hatched when it was withdrawn; its round and agreement inside."""
+    withdrawn, again = event["kind"] == "rollback", event.get("attempt", 0) > 0
+    color = RED if withdrawn else GREEN if again else BLUE
+    face, hatch, ink = ("white", "////", RED) if withdrawn else (color, None, "white")
+    look = {"facecolor": face, "edgecolor": "white" if not withdrawn else color, "hatch": hatch, "linewidth": 1}
+    axis.add_patch(Rectangle((start, stream - 0.34), end - start, 0.68, **look))
+    score = measure(event.get("agreement"))
+    text = str(event["round"]) + ("" if score is None else f"\n{score.mean:.2f}")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if withdrawn else None
+    axis.text((start + end) / 2, stream, text, ha="center", va="center", fontsize=8, color=ink, bbox=box)

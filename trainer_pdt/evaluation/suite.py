@@ -1,0 +1,317 @@
+"""The whole evaluation of one trained model on held-out worlds, section by section of `evaluation.json`."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modeling_pdt import PDTForParallelDecoding
+
+from ..branches import build_rollout, build_targets
+from ..collator import PDTDataCollator
+from ..data.counting import DocumentCounts, bootstrap_rate, matching_chance, reference_rate
+from ..data.schema import Document
+from ..data.worlds import WorldOptions, generate_document
+from ..features import FeatureMaker, collect_values
+from ..losses import supervised_positions
+from . import blocks as block_scores
+from .benchmark import overhead_vs_shared_prefill, parallel_vs_single
+from .modes import (
+    PARALLEL_MODES,
+    Written,
+    batches,
+    write_full_text,
+    write_parallel,
+    write_sequential,
+    write_swapped,
+)
+from .scoring import (
+    auroc,
+    count_written,
+    coverage_decisions,
+    plan_adherence,
+    precision_recall,
+    precision_recall_curve,
+    rate_dict,
+    reference_classes,
+    roc,
+    rollback_counts,
+    select_kind,
+    swapped_rates,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    What to evaluate, and on how much.
+
+    Args:
+        model (`str`): Folder or Hub repository of the adapters.
+        output_folder (`str`): Receives `evaluation.json`.
+        core_documents, hard_documents (`int`): Held-out documents per kind.
+        calibration_documents (`int`): Validation documents on which the agreement threshold is set.
+        speed_documents (`int`): Documents of the wall-clock comparisons.
+        decode_batch (`int`): Documents per decoding call.
+        eval_seed (`int`): Seed of sampling.
+        threads (`int`): CPU threads.
+        training_report (`str`, *optional*): `training_report.json` of the run, quoted in the settings.
+    """
+
+    model: str = field(default="build/demo/model", metadata={"help": "Folder or repository of the adapters."})
+    output_folder: str = field(default="build/demo", metadata={"help": "Receives evaluation.json."})
+    core_documents: int = field(default=128, metadata={"help": "Held-out core documents."})
+    hard_documents: int = field(default=48, metadata={"help": "Held-out hard documents."})
+    calibration_documents: int = field(default=96, metadata={"help": "Validation documents for calibration."})
+    speed_documents: int = field(default=9, metadata={"help": "Documents of the wall-clock comparisons."})
+    decode_batch: int = field(default=32, metadata={"help": "Documents per decoding call."})
+    eval_seed: int = field(default=0, metadata={"help": "Seed of sampling."})
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    training_report: str | None = field(default=None, metadata={"help": "training_report.json of the run."})
+
+    def __post_init__(self) -> None:
+        for name in ("core_documents", "calibration_documents", "speed_documents", "decode_batch", "threads"):
+            if getattr(self, name) < 2 and name != "threads":
+                raise ValueError(f"{name} must be >= 2, got {getattr(self, name)}.")
+        if self.hard_documents < 0:
+            raise ValueError(f"hard_documents must be >= 0, got {self.hard_documents}.")
+
+
+def held_out_documents(split: str, core: int, hard: int, **options: Any) -> list[Document]:
+    """The first documents of a split: core ones, then hard ones."""
+    plain, many = WorldOptions(**options), WorldOptions(**{**options, "hard": True})
+    documents = [generate_document(split, index, plain, with_notes=False) for index in range(core)]
+    return documents + [generate_document(split, core + index, many, with_notes=False) for index in range(hard)]
+
+
+class Evaluation:
+    """
+    Everything that the sections of one evaluation share.
+
+    Args:
+        model (`PDTForParallelDecoding`), tokenizer (`PreTrainedTokenizerBase`): What is evaluated.
+        arguments (`EvaluationArguments`): On how much.
+    """
+
+    def __init__(
+        self, model: PDTForParallelDecoding, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments
+    ) -> None:
+        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        self.lag, self.capacity = model.config.bus_lag, model.config.bus_capacity
+        self.documents = held_out_documents("test", arguments.core_documents, arguments.hard_documents)
+        self.features = FeatureMaker(
+            tokenizer,
+            model.config.num_plan_slots,
+            model.config.plan_vocab_size,
+            model.config.plan_hash_salt,
+            collect_values(held_out_documents("train", 1000, 0)),
+        )
+        self.written: dict[str, Written] = {}
+        self.counts: dict[str, list[DocumentCounts]] = {}
+
+    def write(self, mode: str, **options: Any) -> Written:
+        """Documents of a parallel mode with the commit gate off, written once."""
+        if mode not in self.written:
+            logger.info("writing %d documents: %s", len(self.documents), mode)
+            options = {"agreement_threshold": None, **options}
+            self._keep(mode, write_parallel(self.model, self.tokenizer, self.documents, **self._common(), **options))
+        return self.written[mode]
+
+    def _common(self) -> dict[str, int]:
+        return {"batch_size": self.arguments.decode_batch, "seed": self.arguments.eval_seed}
+
+    def _keep(self, mode: str, written: Written) -> None:
+        self.written[mode] = written
+        self.counts[mode] = count_written(self.documents, written.texts, self.lag, self.capacity)
+
+    def recall(self) -> dict[str, Any]:
+        """Sections `sibling_fact_recall`, `reference_classes`, `references_emitted`, `chance` and `plan`."""
+        for mode, make in PARALLEL_MODES.items():
+            self.write(mode, interventions=make())
+        self.write("independent", trunk_only=True)
+        logger.info("writing sequentially, and with full text shared")
+        self._keep("sequential", write_sequential(self.model, self.tokenizer, self.documents, **self._common()))
+        block_size = self.model.config.block_size
+        self._keep(
+            "full_text", write_full_text(self.model, self.tokenizer, self.documents, block_size, **self._common())
+        )
+        recall = {mode: rate_dict(reference_rate(counts)) for mode, counts in self.counts.items()}
+        for mode in ("pdt", "sequential", "full_text"):
+            for kind in ("core", "hard"):
+                recall[f"{mode}_{kind}"] = rate_dict(
+                    reference_rate(select_kind(self.documents, self.counts[mode], kind))
+                )
+        recall |= self._swapped()
+        chance = matching_chance(held_out_documents("train", 2000, 0))
+        feasible = [r.cue for count in self.counts["pdt"] for r in count.select("feasible")]
+        sequential = max(1, self._references("sequential"))
+        return {
+            "sibling_fact_recall": recall,
+            "reference_classes": {mode: reference_classes(counts) for mode, counts in self.counts.items()},
+            "references_emitted": {mode: self._references(mode) / sequential for mode in self.counts},
+            "chance": {
+                "overall": sum(chance.get(cue, 0.0) for cue in feasible) / max(1, len(feasible)),
+                "by_cue": chance,
+            },
+            "plan": plan_adherence(self.counts["pdt"]),
+        }
+
+    def _references(self, mode: str) -> int:
+        return sum(len(count.select()) for count in self.counts[mode])
+
+    def _swapped(self) -> dict[str, Any]:
+        logger.info("writing with swapped notes")
+        own, other = write_swapped(
+            self.model, self.tokenizer, self.documents, agreement_threshold=None, **self._common()
+        )
+        return swapped_rates(self.documents, own.texts, other.texts, self.lag, self.capacity)
+
+    def coverage(self) -> dict[str, Any]:
+        """Section `coverage`: own items at the end of every block, on the model's own text."""
+        threshold = self.model.generation_config.coverage_threshold
+        written = self.write("pdt")
+        decisions = coverage_decisions(self.documents, written.texts, written.events)
+        documents = held_out_documents("test", self.arguments.core_documents, 0, heldout_wordings=True)
+        logger.info("writing %d documents with plan wordings never trained on", len(documents))
+        unseen = write_parallel(
+            self.model, self.tokenizer, documents, agreement_threshold=None, **self._common()
+        )
+        return {
+            **precision_recall(decisions, threshold),
+            "heldout_wordings": precision_recall(
+                coverage_decisions(documents, unseen.texts, unseen.events), threshold
+            ),
+            "curve": precision_recall_curve(decisions),
+        }
+
+    def agreement(self) -> dict[str, Any]:
+        """Section `agreement`: planted contradictions and the model's own text, with controls; sets the threshold."""
+        logger.info("scoring blocks: planted contradictions, own text")
+        calibration = held_out_documents("validation", self.arguments.calibration_documents, 0)
+        written = write_parallel(
+            self.model, self.tokenizer, calibration, agreement_threshold=None, **self._common()
+        )
+        own = [block_scores.document_from_texts(d, t) for d, t in zip(calibration, written.texts, strict=True)]
+        threshold = block_scores.threshold_by_false_alarms(self.score(own))
+        self.model.generation_config.agreement_threshold = threshold
+        planted = self.score(self.documents, "corrupted")
+        texts = self.write("pdt").texts
+        generated = self.score(
+            [block_scores.document_from_texts(d, t) for d, t in zip(self.documents, texts, strict=True)]
+        )
+        result: dict[str, Any] = {"threshold": threshold, "controls": {}}
+        for name, scores in (("planted", planted), ("generated", generated)):
+            suffix = "" if name == "planted" else "_generated"
+            values, labels = block_scores.judgeable(scores, lambda s: s.disagreement)
+            result[f"auroc{suffix}"] = auroc(values, labels)
+            result[f"roc{suffix}"] = roc(values, labels)[:: max(1, len(values) // 200)]
+            result[f"zeroed_notes{suffix}"] = auroc(*block_scores.judgeable(scores, lambda s: s.zeroed))
+            result["controls"][f"logp_gap{suffix}"] = auroc(*block_scores.judgeable(scores, lambda s: s.logp_gap))
+            every = [float(s.judgeable) for s in scores], [s.contradicts for s in scores]
+            result["controls"][f"reference_present{suffix}"] = auroc(*every)
+            result[f"blocks{suffix}"], result[f"positives{suffix}"] = len(labels), sum(labels)
+        clean = [s for s in generated if s.judgeable and not s.contradicts]
+        wrong = [s for s in generated if s.judgeable and s.contradicts]
+        result["false_rollback"] = self._flagged(clean, threshold)
+        result["repaired"] = self._flagged(wrong, threshold)
+        return result
+
+    def score(self, documents: Sequence[Document], view: str = "clean") -> list[block_scores.BlockScore]:
+        """Blocks of documents, see [`score_blocks`]."""
+        return block_scores.score_blocks(self.model, self.features, documents, view)
+
+    @staticmethod
+    def _flagged(scores: Sequence[block_scores.BlockScore], threshold: float) -> dict[str, Any]:
+        by_document: dict[int, list[bool]] = {}
+        for score in scores:
+            by_document.setdefault(score.document, []).append(1 - score.disagreement < threshold)
+        return rate_dict(bootstrap_rate((sum(flags), len(flags)) for flags in by_document.values()))
+
+    def rollback(self) -> dict[str, Any]:
+        """Section `rollback`: the calibrated gate with fresh notes, beside no gate and the stale-notes control."""
+        threshold = self.model.generation_config.agreement_threshold
+        self.write("pdt")
+        self.write("pdt_gate", agreement_threshold=threshold)
+        self.write("pdt_gate_stale", agreement_threshold=threshold, retry_policy="stale")
+        names = {"none": "pdt", "head": "pdt_gate", "head_stale": "pdt_gate_stale"}
+        return {name: rollback_counts(self.counts[mode], self.written[mode].events) for name, mode in names.items()}
+
+    @torch.no_grad()
+    def text(self) -> dict[str, Any]:
+        """Section `text_ce`: cross-entropy and divergence from the trunk on tokens that are no sibling facts."""
+        collator = PDTDataCollator.from_config(self.model.config, self.tokenizer)
+        sums = {"pdt": 0.0, "trunk": 0.0, "kl": 0.0, "tokens": 0}
+        for batch in batches(self.documents, 16):
+            inputs = collator([self.features(document) for document in batch])
+            rollout = build_rollout(inputs, self.model.config)
+            wanted = supervised_positions(inputs["labels"])
+            out = self.model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                position_ids=inputs["position_ids"],
+                stream_ids=inputs["stream_ids"],
+                rollout=rollout,
+                logits_mask=wanted,
+            )
+            targets = build_targets(inputs, rollout, 1.0)
+            other = ~targets.sibling_M
+            log_pdt = out.logits.log_softmax(-1)[other]
+            log_trunk = self.model(tap=out.tap, logits_mask=wanted).logits.log_softmax(-1)[other]
+            tokens = targets.tokens_M[other, None]
+            sums["pdt"] -= float(log_pdt.gather(1, tokens).sum())
+            sums["trunk"] -= float(log_trunk.gather(1, tokens).sum())
+            sums["kl"] += float((log_trunk.exp() * (log_trunk - log_pdt)).sum())
+            sums["tokens"] += int(other.sum())
+        count = sums.pop("tokens")
+        return {**{name: value / count for name, value in sums.items()}, "tokens": count}
+
+    def speed(self) -> dict[str, Any]:
+        """Section `speed`: wall clock against one stream, and against plain batched decoding."""
+        logger.info("timing")
+        documents = self.documents[: self.arguments.speed_documents]
+        return {
+            "parallel_vs_single": parallel_vs_single(self.model, self.tokenizer, documents),
+            "overhead_vs_shared_prefill": overhead_vs_shared_prefill(self.model, self.tokenizer, documents),
+            "threads": torch.get_num_threads(),
+        }
+
+    def examples(self, count: int = 3) -> list[dict[str, Any]]:
+        """Section `examples`: whole answers written with the gate on, token by token, with their events."""
+        mode = "pdt_gate" if "pdt_gate" in self.written else "pdt"
+        written = self.write(mode)
+        examples = []
+        for index in range(min(count, len(self.documents))):
+            streams = [
+                {
+                    "header": stream.header,
+                    "text": text.text,
+                    "blocks": [list(block) for block in result.blocks],
+                    "tokens": [self.tokenizer.decode([token]) for token in result.token_ids],
+                }
+                for stream, text, result in zip(
+                    self.documents[index].streams, written.texts[index], written.results[index], strict=True
+                )
+            ]
+            references = [
+                {"stream": r.stream, "cue": r.cue, "value": r.value, "timing": r.timing, "consistent": r.consistent}
+                for r in self.counts[mode][index].references
+            ]
+            examples.append(
+                {
+                    "prompt": self.documents[index].prompt,
+                    "outline": [[item.text, item.stream] for item in self.documents[index].items],
+                    "streams": streams,
+                    "events": [
+                        {**event, "tokens": [self.tokenizer.decode([t]) for t in event.get("tokens", [])]}
+                        for event in written.events[index]
+                        if event["kind"] in ("commit", "rollback")
+                    ],
+                    "references": references,
+                }
+            )
+        return examples

@@ -1,0 +1,325 @@
+"""Tables of an evaluation, made once for the page, the Markdown file and the README. A missing number has no row."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MODES: dict[str, str] = {
+    "pdt": "PDT, notes on",
+    "pdt_core": "PDT, notes on, core documents",
+    "independent": "independent streams (trunk only)",
+    "ablated": "bus off",
+    "zero_notes": "notes zeroed",
+    "gate_zero": "SNC gate 0",
+    "self_only": "own notes only",
+    "norm_scramble": "notes scrambled, norms kept",
+    "swapped_follow": "notes of another document: follows them",
+    "swapped_own": "notes of another document: its own fact",
+    "sequential": "sequential, same trunk",
+    "sequential_core": "sequential, core documents",
+    "full_text": "streams read each other's text",
+}
+"""Decoding modes in the order in which they are shown, with their names for a reader."""
+
+TIMINGS: dict[str, str] = {
+    "feasible": "visible earlier round",
+    "pending": "earlier round, hidden by the lag",
+    "same": "same round",
+    "late": "later round",
+    "evicted": "no longer on the bus",
+}
+"""Classes of references: when the owner stated the fact."""
+
+FLAGS: dict[str, str] = {
+    "none": "no rollback",
+    "head": "agreement head, fresh notes",
+    "head_stale": "agreement head, stale notes (control)",
+    "random": "random blocks, fresh notes (control)",
+}
+"""What decides on a rollback."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    A table of text.
+
+    Args:
+        title (`str`): Heading.
+        columns (`tuple[str]`): Column names.
+        rows (`list[list[str]]`): Cells.
+        note (`str`, *optional*): How to read it.
+        met (`list[bool]`, *optional*): Per row, whether a bar was met; only for tables of bars.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    note: str = ""
+    met: list[bool] | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """
+    A number with, where it is a share, its 95 % interval and count.
+
+    Args:
+        mean (`float`): The number.
+        low, high (`float`, *optional*): Interval.
+        n (`int`, *optional*): What was counted.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+def measure(value: Any) -> Measure | None:
+    """
+    Read a number or `{mean, low, high, n}`.
+
+    Args:
+        value (`float`, `dict` or `None`): As it stands in `evaluation.json`.
+
+    Returns:
+        [`Measure`], or `None` when there is no finite number.
+    """
+    if isinstance(value, Mapping):
+        mean, low, high = (_finite(value.get(key)) for key in ("mean", "low", "high"))
+        n = value.get("n")
+        count = n if isinstance(n, int) and not isinstance(n, bool) else None
+        return None if mean is None else Measure(mean, low, high, count)
+    mean = _finite(value)
+    return None if mean is None else Measure(mean)
+
+
+def _finite(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def show(value: Any) -> str:
+    """Return a number or measure in words a reader can check: `0.612 (0.560 to 0.661)`; empty when it is missing."""
+    read = measure(value)
+    if read is None:
+        return ""
+    interval = f" ({read.low:.3f} to {read.high:.3f})" if read.low is not None and read.high is not None else ""
+    return f"{read.mean:.3f}{interval}"
+
+
+def _scalar(value: Any) -> str:
+    """A setting or a detail as text; whole numbers stay whole."""
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".") if math.isfinite(value) else ""
+    if isinstance(value, Mapping):
+        return show(value)
+    return "" if value is None else str(value)
+
+
+def _rows(entries: Sequence[tuple[str, Any]]) -> list[list[str]]:
+    """Rows name, value, interval, n of the measures that exist."""
+    rows = []
+    for name, value in entries:
+        read = measure(value)
+        if read is not None:
+            interval = "" if read.low is None or read.high is None else f"{read.low:.3f} to {read.high:.3f}"
+            rows.append([name, f"{read.mean:.3f}", interval, "" if read.n is None else str(read.n)])
+    return rows
+
+
+def part(evaluation: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """Return the mapping under `keys`, empty when one of them is missing."""
+    current: Any = evaluation
+    for key in keys:
+        current = current.get(key) if isinstance(current, Mapping) else None
+    return current if isinstance(current, Mapping) else {}
+
+
+def bars_table(evaluation: Mapping[str, Any]) -> Table:
+    """What the system promises, what this run measured, and whether that is enough."""
+    rows, met = [], []
+    for bar in evaluation.get("bars") or []:
+        read = measure(bar.get("value"))
+        value = show(bar.get("value")) if read else _scalar(bar.get("value"))
+        if value:
+            count = f", n = {read.n}" if read and read.n is not None else ""
+            rows.append([str(bar["name"]), value + count, _scalar(bar.get("bar")), "met" if bar["met"] else "missed"])
+            met.append(bool(bar["met"]))
+    note = "One run. A bar with an upper limit is compared with the upper end of the interval."
+    return Table("Bars", ("bar", "measured", "wanted", "result"), rows, note, met)
+
+
+def recall_table(evaluation: Mapping[str, Any]) -> Table:
+    """Sibling-fact recall by decoding mode, with chance and references emitted."""
+    recall, emitted = part(evaluation, "sibling_fact_recall"), part(evaluation, "references_emitted")
+    rows = [
+        [*row, show(emitted.get(mode))] for mode, label in MODES.items() for row in _rows([(label, recall.get(mode))])
+    ]
+    chance = measure(part(evaluation, "chance").get("overall"))
+    if chance is not None:
+        rows.append(["chance", f"{chance.mean:.3f}", "", "", ""])
+    columns = ("decoding", "recall", "95 % interval", "references", "emitted, relative to sequential")
+    note = (
+        "Share of references whose value is the one the owner stated in an earlier, visible round. Intervals resample "
+        "documents. Chance: the value of a random other document for that cue."
+    )
+    return Table("Sibling-fact recall", columns, rows, note)
+
+
+def timing_table(evaluation: Mapping[str, Any]) -> Table:
+    """Recall by the time at which the owner stated the fact; one column per class that occurs."""
+    classes = part(evaluation, "reference_classes")
+    used = [name for name in TIMINGS if any(_counted(part(classes, mode).get(name)) for mode in MODES)]
+    rows = []
+    for mode, label in MODES.items():
+        cells = [_counted(part(classes, mode).get(name)) for name in used]
+        if any(cells):
+            rows.append([label, *cells])
+    note = "Share of consistent references and, in brackets, their number. Small numbers say little."
+    return Table("When the owner stated the fact", ("decoding", *(TIMINGS[name] for name in used)), rows, note)
+
+
+def _counted(value: Any) -> str:
+    read = measure(value)
+    if read is None:
+        return ""
+    return f"{read.mean:.3f}" + ("" if read.n is None else f" ({read.n})")
+
+
+def heads_table(evaluation: Mapping[str, Any]) -> Table:
+    """Coverage and agreement heads with their controls."""
+    coverage, agreement = part(evaluation, "coverage"), part(evaluation, "agreement")
+    wordings, controls = part(coverage, "heldout_wordings"), part(agreement, "controls")
+    rows = _rows(
+        [
+            ("coverage precision", coverage.get("precision")),
+            ("coverage recall", coverage.get("recall")),
+            ("coverage precision, plan wordings never trained", wordings.get("precision")),
+            ("coverage recall, plan wordings never trained", wordings.get("recall")),
+            ("agreement AUROC, planted contradictions", agreement.get("auroc")),
+            ("agreement AUROC, own generated text", agreement.get("auroc_generated")),
+            ("agreement AUROC, notes zeroed (control)", agreement.get("zeroed_notes")),
+            ("AUROC of 'block holds a reference' (control)", controls.get("reference_present")),
+            ("AUROC of log p(no bus) - log p(fresh notes) (control)", controls.get("logp_gap")),
+            ("contradictions repaired by rollback", agreement.get("repaired")),
+            ("sound blocks rolled back", agreement.get("false_rollback")),
+            ("agreement threshold", agreement.get("threshold")),
+        ]
+    )
+    counts = [f"{agreement[key]} {key}" for key in ("blocks", "positives") if isinstance(agreement.get(key), int)]
+    note = "Agreement is scored over blocks that hold a reference whose owner stated the fact in a visible or the "
+    note += "same round" + (f" ({', '.join(counts)})." if counts else ".")
+    return Table("Coverage and agreement", ("measure", "value", "95 % interval", "n"), rows, note)
+
+
+def rollback_table(evaluation: Mapping[str, Any]) -> Table:
+    """Consistent and contradictory references with and without rollback."""
+    rollback = part(evaluation, "rollback")
+    rows = []
+    for key, label in FLAGS.items():
+        entry = part(rollback, key)
+        cells = [
+            *(_scalar(entry.get(name)) for name in ("consistent", "contradictory")),
+            *(show(entry.get("rate")), _counted(entry.get("same_round")), _scalar(entry.get("blocks_rolled"))),
+        ]
+        if any(cells):
+            rows.append([label, *cells])
+    columns = ("what is rewritten", "consistent", "contradictory", "rate", "same round", "blocks rolled back")
+    note = (
+        "Rewriting alone changes a result, because it samples again. What the notes add is the difference to the row "
+        "with stale notes; what the head adds, the difference to random blocks."
+    )
+    return Table("Rollback", columns, rows, note)
+
+
+def text_table(evaluation: Mapping[str, Any]) -> Table:
+    """What the adapters cost elsewhere, and whether the sections follow their plan."""
+    text, plan = part(evaluation, "text_ce"), part(evaluation, "plan")
+    rows = _rows(
+        [
+            ("cross-entropy on other tokens, PDT (nats)", text.get("pdt")),
+            ("cross-entropy on other tokens, trunk (nats)", text.get("trunk")),
+            ("KL from the trunk on other tokens (nats)", text.get("kl")),
+            ("owned items stated", plan.get("owned_stated")),
+            ("mentions that are on the plan", plan.get("mentions_on_plan")),
+            ("mentions with a value of the cue's pool", plan.get("valid_values")),
+        ]
+    )
+    note = "Other tokens: all that are no sibling facts."
+    return Table("Text and plan", ("measure", "value", "95 % interval", "n"), rows, note)
+
+
+def speed_table(evaluation: Mapping[str, Any]) -> Table:
+    """Wall clock against named baselines, each ratio followed by its details."""
+    labels = {
+        "parallel_vs_single": "speed-up over one stream that writes the same tokens, same trunk and loop",
+        "overhead_vs_shared_prefill": "time over batched generate of the same rows with one shared prefill",
+    }
+    rows = []
+    for key, value in part(evaluation, "speed").items():
+        read = measure(value)
+        if read is not None:
+            quartiles = "" if read.low is None or read.high is None else f"{read.low:.2f} to {read.high:.2f}"
+            pairs = "" if read.n is None else str(read.n)
+            rows.append([labels.get(key, key.replace("_", " ")), f"{read.mean:.2f}", quartiles, pairs])
+        if isinstance(value, Mapping):
+            details = {name: item for name, item in value.items() if name not in ("mean", "low", "high", "n")}
+            rows += [[f"- {name}", text, "", ""] for name, text in flat(details)]
+    note = "Medians of ratios of interleaved pairs in one run, with their quartiles."
+    return Table("Speed", ("measure", "value", "quartiles", "pairs"), rows, note)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Names and text of all scalars and measures in nested mappings; lists and missing values are left out."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping) and measure(value) is None:
+            pairs += flat(value, f"{name}: ")
+        elif not isinstance(value, list | tuple) and _scalar(value):
+            pairs.append((name, _scalar(value)))
+    return pairs
+
+
+def settings_table(evaluation: Mapping[str, Any]) -> Table:
+    """How the numbers were made."""
+    rows = [[name, value] for name, value in flat(part(evaluation, "settings"))]
+    return Table("Settings", ("setting", "value"), rows)
+
+
+def cue_table(evaluation: Mapping[str, Any]) -> Table:
+    """Chance per fact type."""
+    rows = [[cue, show(value)] for cue, value in part(evaluation, "chance", "by_cue").items() if show(value)]
+    return Table("Chance per fact type", ("cue", "chance"), rows)
+
+
+def all_tables(evaluation: Mapping[str, Any]) -> list[Table]:
+    """Every table of an evaluation that has rows, in order."""
+    makers = (
+        *(bars_table, recall_table, timing_table, heads_table, rollback_table, text_table, speed_table),
+        *(settings_table, cue_table),
+    )
+    return [table for table in (maker(evaluation) for maker in makers) if table.rows]
+
+
+def to_markdown(table: Table, level: int = 2) -> str:
+    """
+    Return a table as Markdown, heading and note included.
+
+    Args:
+        table ([`Table`]): What to write.
+        level (`int`, *optional*, defaults to 2): Level of the heading; 0 = the bare table.
+    """
+    lines = [f"{'#' * level} {table.title}", ""] if level else []
+    lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in [table.columns, *table.rows]]
+    lines.insert(len(lines) - len(table.rows), "|" + "---|" * len(table.columns))
+    if level and table.note:
+        lines += ["", table.note]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
