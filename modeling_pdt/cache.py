@@ -100,11 +100,12 @@ class RollbackLayer(DynamicLayer):
         dropped = self.cumulative_length - stored
         rows = counts_R.nonzero().squeeze(1)
         if dropped > 0 and self.window is not None:
-            self.unusable_R[rows] = self.unusable_R[rows].clamp(min=dropped) + counts_R[rows]
-            if bool((self.unusable_R > self.cumulative_length - (self.window - 1)).any()):
+            unusable = self.unusable_R[rows].clamp(min=dropped) + counts_R[rows]
+            if bool((unusable > self.cumulative_length - (self.window - 1)).any()):
                 raise RuntimeError(
                     f"rollback of {int(counts_R.max())} tokens is deeper than the cache margin {self.margin}."
                 )
+            self.unusable_R[rows] = unusable
         index = torch.arange(stored)[None, :] - counts_R[rows, None]
         index = index.clamp(min=0).to(self.device)[:, None, :, None]
         rows = rows.to(self.device)
@@ -137,8 +138,13 @@ class RollbackLayer(DynamicLayer):
             raise ValueError(f"tokens_to_remove must be <= 0, got {tokens_to_remove}.")
         if not self.is_initialized or tokens_to_remove == 0:
             return
-        if -tokens_to_remove > self.margin and self.is_sliding and self.start > 0:
-            raise RuntimeError(f"crop of {-tokens_to_remove} tokens is deeper than the cache margin {self.margin}.")
+        dropped = self.cumulative_length - (self.end - self.start)
+        if self.window is not None and dropped > 0:
+            unusable = int(self.unusable_R.max().clamp(min=dropped))
+            if unusable > self.cumulative_length + tokens_to_remove - (self.window - 1):
+                raise RuntimeError(
+                    f"crop of {-tokens_to_remove} tokens is deeper than the cache margin {self.margin}."
+                )
         self.end += tokens_to_remove
         self.cumulative_length += tokens_to_remove
 

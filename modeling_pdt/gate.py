@@ -9,7 +9,9 @@ from .bus import NotesBus
 from .heads import PDTHeads, soft_minimum
 
 
-def coverage_of(heads: PDTHeads, text_MLD: torch.Tensor, mask_ML: torch.Tensor, items_MPN: torch.Tensor) -> torch.Tensor:
+def coverage_of(
+    heads: PDTHeads, text_MLD: torch.Tensor, mask_ML: torch.Tensor, items_MPN: torch.Tensor
+) -> torch.Tensor:
     """Probability `[M, P]` that the rows' text so far covers each plan item."""
     return heads.coverage(text_MLD, mask_ML[:, None, :], items_MPN)[:, 0].sigmoid()
 

@@ -10,29 +10,29 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .configuration_generation import PDTGenerationConfig
-from .interventions import Intervention
+from .interventions import Intervention, check_interventions
 from .plan import PlanEntry, StreamPlan, check_plan_entries, parse_outline
 from .rollout import encode_texts
+from .sampling import row_processors
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
-PDT_FIELDS = (
-    "num_streams",
-    "plan",
-    "block_size",
-    "bus_lag",
-    "bus_capacity",
-    "max_retries",
-    "retry_policy",
-    "agreement_threshold",
-    "gate_scale",
-    "coverage_threshold",
-    "outline_max_new_tokens",
-)
+# Fields of `GenerationConfig` that parallel decoding does not have, and the values that ask for nothing.
+RESTRICTED = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "guidance_scale": (None, 1),
+    "prompt_lookup_num_tokens": (None,),
+    "cache_implementation": (None,),
+    "use_cache": (None, True),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Inputs:
         entries (`list[list[PlanEntry]]`): Plan items of each prompt.
         plan_BPN, plan_mask_BP: Snapshot 0: plan items first, then seeds.
         num_items (`int`): Places of snapshot 0 that are plan items.
-        processors, criteria: Logits processors, and the caller's stopping criteria.
+        processors, criteria: Logits processors of every row, and the caller's stopping criteria.
         interventions (`tuple[Intervention]`): In the order given.
         plan_source (`str`, *optional*): Where the plan came from.
     """
@@ -76,26 +76,38 @@ class Inputs:
     plan_BPN: torch.Tensor | None = None
     plan_mask_BP: torch.Tensor | None = None
     num_items: int = 0
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    processors: list[LogitsProcessorList] = field(default_factory=list)
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     interventions: tuple[Intervention, ...] = ()
     plan_source: str | None = None
 
 
-def merge_generation_config(model: Any, generation_config: GenerationConfig | None, kwargs: dict) -> PDTGenerationConfig:
-    """The call's generation configuration: the model's, or the one given, overridden by keyword arguments."""
-    config = copy.deepcopy(generation_config if generation_config is not None else model.generation_config)
-    if not isinstance(config, PDTGenerationConfig) and not hasattr(config, "retry_policy"):
-        config = PDTGenerationConfig(**{k: v for k, v in config.to_dict().items() if not k.startswith("_") and v is not None})
+def merge_generation_config(
+    model: Any, generation_config: GenerationConfig | None, kwargs: dict
+) -> PDTGenerationConfig:
+    """
+    The call's generation configuration: the model's, overridden by the one given, overridden by keyword arguments.
+
+    Raises:
+        ValueError: For an unknown argument, an impossible value, or something that parallel decoding does not have.
+    """
+    config = copy.deepcopy(model.generation_config)
     unknown = sorted(set(kwargs) - set(vars(config)))
     if unknown:
         raise ValueError(f"generate() got unknown arguments {unknown}.")
+    given = {} if generation_config is None else generation_config.to_dict()
+    for key, value in given.items():
+        if value is not None and not key.startswith("_"):
+            setattr(config, key, value)
     for key, value in kwargs.items():
         setattr(config, key, value)
     config.check()
-    for name, allowed in (("num_beams", (None, 1)), ("num_return_sequences", (None, 1))):
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} must be 1: parallel decoding writes one answer per prompt, got {getattr(config, name)}.")
+    for name, allowed in RESTRICTED.items():
+        if getattr(config, name, None) not in allowed:
+            raise ValueError(
+                f"{name} must be {' or '.join(map(repr, allowed))}: parallel decoding writes one answer per prompt "
+                f"with its own cache, got {getattr(config, name)!r}."
+            )
     if config.max_new_tokens is not None and config.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {config.max_new_tokens}.")
     return config
@@ -150,7 +162,8 @@ def read_prompts(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask must have the shape of input_ids {list(input_ids.shape)}, got {list(attention_mask.shape)}."
+            f"attention_mask must have the shape of input_ids {list(input_ids.shape)}, "
+            f"got {list(attention_mask.shape)}."
         )
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
     for index, prompt in enumerate(prompts):
@@ -168,10 +181,18 @@ def per_prompt(name: str, values: list | None, num_prompts: int, num_streams: in
     """
     if values is None:
         return None
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} must be a list of texts, [stream] or [prompt][stream], got {values!r}.")
     if values and not isinstance(values[0], (list, tuple)):
         values = [values] * num_prompts
     if len(values) != num_prompts or any(len(row) != num_streams for row in values):
-        raise ValueError(f"{name} must be [stream] or [prompt][stream] with {num_prompts} prompts and {num_streams} streams.")
+        raise ValueError(
+            f"{name} must be [stream] or [prompt][stream] with {num_prompts} prompts and {num_streams} streams."
+        )
+    for row in values:
+        for text in row:
+            if not isinstance(text, str):
+                raise ValueError(f"{name} must hold texts, got {text!r}.")
     return [list(row) for row in values]
 
 
@@ -194,7 +215,7 @@ def pad_texts(texts: list[list[int]], device: torch.device) -> tuple[torch.Tenso
 
 
 def write_outlines(
-    model: Any, tokenizer: Any, prompts: list[list[int]], config: PDTGenerationConfig, seed: int
+    model: Any, tokenizer: Any, prompts: list[list[int]], config: PDTGenerationConfig
 ) -> tuple[list[list[int]], list[list[StreamPlan]]]:
     """
     `plan="trunk"`: the bare trunk continues every prompt with a numbered outline.
@@ -208,7 +229,6 @@ def write_outlines(
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.stack.base_layer.embed_tokens.weight.device)
         with model.disable_adapter():
-            torch.manual_seed(seed)
             written = model.trunk.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -229,41 +249,6 @@ def write_outlines(
         extended.append(prompt + tokenize("outline", tokenizer, [outline])[0])
         plans.append(lines)
     return extended, plans
-
-
-def capture_processors(
-    model: Any, config: PDTGenerationConfig, prompt: list[int], processors: Any, criteria: Any
-) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
-    """
-    Logits processors and the caller's criteria as `transformers` builds them from the configuration.
-
-    The trunk's own `generate` prepares them and hands them to a loop that writes nothing.
-    """
-    plain = GenerationConfig(
-        **{
-            key: value
-            for key, value in config.to_dict().items()
-            if key not in PDT_FIELDS and not key.startswith("_") and value is not None
-        }
-    )
-    caught = {}
-
-    def loop(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        caught.update(kwargs)
-        return input_ids
-
-    ids = torch.tensor([prompt], device=model.stack.base_layer.embed_tokens.weight.device)
-    plain.max_new_tokens = plain.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    model.trunk.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=plain,
-        custom_generate=loop,
-        logits_processor=LogitsProcessorList(processors or []),
-        stopping_criteria=StoppingCriteriaList(criteria or []),
-    )
-    own = [c for c in caught["stopping_criteria"] if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
-    return caught["logits_processor"], StoppingCriteriaList(own)
 
 
 def encode_plan(
@@ -301,9 +286,10 @@ def encode_seeds(
     if seed_notes is not None:
         seed_notes = torch.as_tensor(seed_notes, dtype=torch.float32, device=device)
         seed_notes = seed_notes[None].expand(num_prompts, -1, -1) if seed_notes.dim() == 2 else seed_notes
-        if seed_notes.dim() != 3 or seed_notes.shape[0] != num_prompts or seed_notes.shape[2] != model.config.notes_dim:
+        width = model.config.notes_dim
+        if seed_notes.dim() != 3 or seed_notes.shape[0] != num_prompts or seed_notes.shape[2] != width:
             raise ValueError(
-                f"seed_notes must have shape [prompts={num_prompts}, places, notes_dim={model.config.notes_dim}], "
+                f"seed_notes must have shape [prompts={num_prompts}, places, notes_dim={width}], "
                 f"got {list(seed_notes.shape)}."
             )
         return seed_notes, torch.ones(seed_notes.shape[:2], dtype=torch.bool, device=device)
@@ -314,6 +300,35 @@ def encode_seeds(
     notes = model.stack.heads.encode(encode_texts(model.stack, ids, present), present)
     filled = present.any(dim=1)[:, None].expand(-1, notes.shape[1])
     return notes.reshape(num_prompts, -1, notes.shape[-1]), filled.reshape(num_prompts, -1)
+
+
+def resolve_plan(
+    model: Any,
+    config: PDTGenerationConfig,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    plan_texts: list | None,
+    num_streams: int,
+) -> tuple[list[list[int]], list[list[PlanEntry]], list[list[str]] | None, str | None]:
+    """Prompts with their outlines, plan items, headers that the plan brings, and where the plan came from."""
+    if plan_texts is not None:
+        if not isinstance(plan_texts, (list, tuple)):
+            raise ValueError(f"plan_texts must be a list of {{'text': str, 'stream': int}}, got {plan_texts!r}.")
+        rows = plan_texts if plan_texts and isinstance(plan_texts[0], (list, tuple)) else [plan_texts] * len(prompts)
+        if len(rows) != len(prompts):
+            raise ValueError(
+                f"plan_texts must be a list of entries, or one per prompt ({len(prompts)}), got {len(rows)}."
+            )
+        return prompts, [check_plan_entries(list(row), num_streams) for row in rows], None, "external"
+    if config.plan == "trunk":
+        prompts, plans = write_outlines(model, tokenizer, prompts, config)
+        plans = [lines[:num_streams] for lines in plans]
+        entries = [[PlanEntry(text, k) for k, line in enumerate(lines) for text in line.items] for lines in plans]
+        titles = [[line.header for line in lines] for lines in plans]
+        for row in titles:
+            row += [f"Part {k + 1}" for k in range(len(row), num_streams)]
+        return prompts, entries, [[f"## {title}\n" for title in row] for row in titles], "trunk"
+    return prompts, [[] for _ in prompts], None, None
 
 
 def prepare_inputs(
@@ -333,33 +348,24 @@ def prepare_inputs(
 ) -> tuple[Inputs, Settings]:
     """Checks and resolves everything that a call was given; see [`parallel_generate`] for the arguments."""
     prompts = read_prompts(input_ids, attention_mask)
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an integer in [-2**63, 2**63 - 1], got {seed!r}.")
     num_streams = config.num_streams or model.config.num_streams
     settings = resolve_settings(model, config, num_streams, seed)
     device = model.stack.base_layer.embed_tokens.weight.device
     headers = per_prompt("stream_prefixes", stream_prefixes, len(prompts), num_streams)
-    entries: list[list[PlanEntry]] = [[] for _ in prompts]
-    source = None
-    if plan_texts is not None:
-        rows = plan_texts if plan_texts and isinstance(plan_texts[0], (list, tuple)) else [plan_texts] * len(prompts)
-        if len(rows) != len(prompts):
-            raise ValueError(f"plan_texts must be a list of entries, or one per prompt ({len(prompts)}), got {len(rows)}.")
-        entries, source = [check_plan_entries(list(row), num_streams) for row in rows], "external"
-    elif config.plan == "trunk":
-        prompts, plans = write_outlines(model, tokenizer, prompts, config, seed)
-        entries = [
-            [PlanEntry(text, k) for k, line in enumerate(lines[:num_streams]) for text in line.items] for lines in plans
-        ]
-        titles = [[line.header for line in lines[:num_streams]] for lines in plans]
-        for row in titles:
-            row += [f"Part {k + 1}" for k in range(len(row), num_streams)]
-        headers, source = headers or [[f"## {title}\n" for title in row] for row in titles], "trunk"
+    prompts, entries, titles, source = resolve_plan(model, config, tokenizer, prompts, plan_texts, num_streams)
+    headers = headers or titles
     if headers is None:
         header_ids: list[list[int]] = [[] for _ in range(len(prompts) * num_streams)]
     else:
         header_ids = tokenize("stream_prefixes", tokenizer, [text for row in headers for text in row])
-    processors, criteria = capture_processors(model, config, prompts[0], logits_processor, stopping_criteria)
+    starts = [prompts[row // num_streams] + header for row, header in enumerate(header_ids)]
+    processors, criteria = row_processors(
+        model, config, starts, settings.max_new_tokens, logits_processor, stopping_criteria, tokenizer
+    )
     inputs = Inputs(prompts, header_ids, entries, processors=processors, criteria=criteria, plan_source=source)
-    inputs.interventions = tuple(interventions or ())
+    inputs.interventions = check_interventions(interventions, len(prompts))
     parts = []
     if any(entries):
         parts.append(encode_plan(model, tokenizer, entries, device))

@@ -4,18 +4,20 @@ Letters: B prompts, S streams, R = B * S rows, M rows at a boundary, W notes of 
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from .adapter_layer import restrict_to_streams
 from .bus import NotesBus
 from .cache import RollbackCache
 from .gate import agreement_of, coverage_of, judge
 from .generation_inputs import Inputs, Settings, merge_generation_config, prepare_inputs
 from .interventions import WindowRequest
 from .note_states import NoteStates
-from .outputs import DecodingTrace, ParallelGenerateOutput, StreamResult
-from .sampling import choose_tokens, keyed_uniform, process_logits, prompt_keys
+from .outputs import DecodingTrace, ParallelGenerateOutput, collect_output
+from .sampling import choose_tokens, history_free, keyed_uniform, process_logits, prompt_keys
 from .streaming import ParallelStreamer, parallel_streamer
 from .streams import StreamBatch
 from .trunk_split import TapState
@@ -105,7 +107,10 @@ class ParallelDecoder:
             model.config.trunk_hidden_size,
             device,
         )
-        self.streamer: ParallelStreamer = parallel_streamer(streamer, len(inputs.headers))
+        self.streamer: ParallelStreamer = parallel_streamer(
+            streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0]
+        )
+        self.needs_history = bool(inputs.criteria) or not history_free(inputs.processors)
         self.bus = NotesBus(
             len(inputs.prompts),
             settings.num_streams,
@@ -136,7 +141,7 @@ class ParallelDecoder:
             self._step()
         self.streamer.end()
         self.trace.timings["total_s"] = time.perf_counter() - started
-        return self._collect()
+        return collect_output(streams=self.streams, settings=self.settings, trace=self.trace)
 
     def _trace_plan(self) -> None:
         for prompt, entries in enumerate(self.inputs.entries):
@@ -187,13 +192,7 @@ class ParallelDecoder:
             input_ids=ids, attention_mask=streams.mask, position_ids=positions, past_key_values=streams.cache
         )
         self._refresh_window()
-        states = NoteStates(
-            self.note_states.keys,
-            self.note_states.values,
-            self.note_states.mask[:, None, :] & (stream_ids >= 0)[:, :, None],
-            gate_scale=self.note_states.gate_scale,
-        )
-        hidden = self.stack.upper(tap, states, stream_ids)
+        hidden = self._upper(tap, stream_ids)
         last = (lengths_R - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         streams.tap_RLD[:, :1] = tap.hidden.gather(1, last).to(streams.tap_RLD.dtype)
         streams.position_R = streams.position_R + longest
@@ -220,12 +219,17 @@ class ParallelDecoder:
             return
         conditioned_R = ~self.headless_R | (streams.fed_R > 0)
         stream_ids = torch.where(conditioned_R, self.adapter_stream_R, -1)[:, None]
-        hidden = self.stack.upper(tap, self.note_states, stream_ids)
+        hidden = self._upper(tap, stream_ids)
         if retried:
             streams.rollback(counts_R)
         if choosing:
             rows_M = streams.rows_R[choosing]
             self._choose(rows_M, self.model.get_output_embeddings()(hidden[rows_M, 0]))
+
+    def _upper(self, tap: TapState, stream_ids: torch.Tensor) -> torch.Tensor:
+        """The upper half; tokens without a stream read no notes."""
+        mask = restrict_to_streams(self.note_states.mask, stream_ids)
+        return self.stack.upper(tap, replace(self.note_states, mask=mask), stream_ids)
 
     def _lower(self, live_R: torch.Tensor) -> TapState:
         streams = self.streams
@@ -277,9 +281,7 @@ class ParallelDecoder:
                 window, window_mask = self._request(rows_M, round_M, torch.zeros_like(round_M))
                 items_mask = None if coverage_MP is None else self.bus.plan_mask_BP[streams.prompt_R[rows_M]]
                 items_mask = None if items_mask is None else items_mask[:, : self.inputs.num_items]
-                return agreement_of(
-                    heads, states, previous, mask, window, window_mask, notes, coverage_MP, items_mask
-                )
+                return agreement_of(heads, states, previous, mask, window, window_mask, notes, coverage_MP, items_mask)
 
             threshold = self.settings.agreement_threshold
             may_retry = streams.attempt_R[rows_M] < self.settings.max_retries
@@ -338,7 +340,7 @@ class ParallelDecoder:
             if withdrawn:
                 self.trace.add("rollback", **event, tokens=streams.tokens_RL[row, start:end].tolist())
             else:
-                forced = threshold is not None and score < threshold and attempt > 0
+                forced = threshold is not None and score < threshold
                 self.trace.add("commit", **event, forced=forced)
 
     def _commit(self, rows_M: torch.Tensor, coverage: list[dict[int, float]]) -> None:
@@ -346,9 +348,9 @@ class ParallelDecoder:
         if rows_M.numel() == 0:
             return
         streams.commit(rows_M)
-        ended = torch.isin(
-            streams.tokens_RL[rows_M, streams.fed_R[rows_M] - 1], self.eos_ids
-        ) | (streams.fed_R[rows_M] >= self.settings.max_new_tokens)
+        ended = torch.isin(streams.tokens_RL[rows_M, streams.fed_R[rows_M] - 1], self.eos_ids) | (
+            streams.fed_R[rows_M] >= self.settings.max_new_tokens
+        )
         streams.finish(rows_M[ended | streams.stop_R[rows_M]], self.eos_ids)
         for index, row in enumerate(rows_M.tolist()):
             section = streams.sections[row]
@@ -362,9 +364,8 @@ class ParallelDecoder:
         streams, settings = self.streams, self.settings
         attempt_M = streams.attempt_R[rows_M]
         logits_MV = logits_MV.float() * 2.0 ** (attempt_M - 1).clamp(min=0)[:, None]
-        needs_history = bool(self.inputs.processors) or bool(self.inputs.criteria)
-        histories = streams.histories(rows_M) if needs_history else []
-        scores = process_logits(logits_MV, self.inputs.processors, histories)
+        histories = streams.histories(rows_M) if self.needs_history else []
+        scores = process_logits(logits_MV, [self.inputs.processors[row] for row in rows_M.tolist()], histories)
         uniform = None
         if settings.do_sample:
             seed = torch.full_like(rows_M, settings.seed)
@@ -377,34 +378,3 @@ class ParallelDecoder:
             for row, history, token, score in zip(rows_M.tolist(), histories, tokens, scores, strict=True):
                 done = self.inputs.criteria(torch.cat([history, token[None]])[None], score[None])
                 streams.stop_R[row] = bool(done.all())
-
-    def _collect(self) -> ParallelGenerateOutput:
-        settings, streams = self.settings, self.streams
-        results: list[list[StreamResult]] = [[] for _ in streams.prompts]
-        rows, merged = [], []
-        for row, section in enumerate(streams.sections):
-            prompt, stream = divmod(row, settings.num_streams)
-            results[prompt].append(
-                StreamResult(
-                    name=f"stream_{stream}",
-                    token_ids=section.tokens,
-                    blocks=section.blocks,
-                    coverage=section.coverage,
-                    retries=section.retries,
-                    finished=section.finished,
-                )
-            )
-            rows.append((streams.prompts[prompt] + section.header, section.tokens))
-        for prompt in range(streams.num_prompts):
-            tokens: list[int] = []
-            for section in streams.sections[prompt * settings.num_streams : (prompt + 1) * settings.num_streams]:
-                tokens += section.header + [token for token in section.tokens if token not in settings.eos_ids]
-            merged.append(torch.tensor(tokens, dtype=torch.long))
-        left = max(len(start) for start, _ in rows)
-        right = max(len(section) for _, section in rows)
-        sequences = torch.full((len(rows), left + right), settings.pad_id)
-        for row, (start, section) in enumerate(rows):
-            sequences[row, left - len(start) : left + len(section)] = torch.tensor(start + section)
-        return ParallelGenerateOutput(
-            sequences=sequences.to(streams.device), streams=results, merged=merged, trace=self.trace
-        )

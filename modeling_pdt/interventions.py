@@ -33,6 +33,9 @@ class Intervention:
 
     name = "none"
 
+    def check(self, num_prompts: int) -> None:
+        """Raises `ValueError` when the intervention cannot do anything in a call with so many prompts."""
+
     def request(self, request: WindowRequest, num_streams: int, num_prompts: int) -> WindowRequest:
         """Edits the request."""
         return request
@@ -91,11 +94,17 @@ class Swap(Intervention):
     def __init__(self, donors: list[int] | None = None) -> None:
         self.donors = donors
 
+    def check(self, num_prompts: int) -> None:
+        """Needs a donor for every prompt."""
+        if self.donors is None and num_prompts < 2:
+            raise ValueError(f"Swap needs a batch of >= 2 prompts to read each other's notes, got {num_prompts}.")
+        donors = self.donors if self.donors is not None else range(num_prompts)
+        if len(donors) != num_prompts or not all(0 <= donor < num_prompts for donor in donors):
+            raise ValueError(f"Swap.donors must name one prompt in [0, {num_prompts - 1}] per prompt, got {donors}.")
+
     def request(self, request: WindowRequest, num_streams: int, num_prompts: int) -> WindowRequest:
         """Reads in the donor's place."""
         donors = self.donors if self.donors is not None else [(b + 1) % num_prompts for b in range(num_prompts)]
-        if len(donors) != num_prompts or not all(0 <= donor < num_prompts for donor in donors):
-            raise ValueError(f"Swap.donors must name one prompt in [0, {num_prompts - 1}] per prompt, got {donors}.")
         donor_B = torch.tensor(donors, device=request.rows.device)
         prompt, stream = request.sources // num_streams, request.sources % num_streams
         return replace(request, sources=donor_B[prompt] * num_streams + stream)
@@ -117,7 +126,12 @@ class Stale(Intervention):
 
 
 class NormScramble(Intervention):
-    """Every note keeps its norm and loses its direction, the same in every window."""
+    """
+    Every note keeps its norm and loses its direction: channels shuffled, signs flipped, the same way in every window.
+
+    Args:
+        seed (`int`, *optional*, defaults to 0): Of the shuffle.
+    """
 
     name = "norm_scramble"
 
@@ -125,11 +139,12 @@ class NormScramble(Intervention):
         self.seed = seed
 
     def window(self, notes: torch.Tensor, mask: torch.Tensor, plan_places: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replaces the notes by random vectors of the same norm."""
+        """Shuffles and flips the channels of every note."""
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(notes.shape[1:], generator=generator).to(notes).expand_as(notes)
-        noise = noise * notes.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-        return torch.cat([notes[:, :plan_places], noise[:, plan_places:]], dim=1), mask
+        order = torch.randperm(notes.shape[-1], generator=generator).to(notes.device)
+        sign = torch.randint(0, 2, (notes.shape[-1],), generator=generator).to(notes) * 2 - 1
+        scrambled = notes[..., order] * sign
+        return torch.cat([notes[:, :plan_places], scrambled[:, plan_places:]], dim=1), mask
 
 
 class SelfOnly(Intervention):
@@ -140,3 +155,33 @@ class SelfOnly(Intervention):
     def request(self, request: WindowRequest, num_streams: int, num_prompts: int) -> WindowRequest:
         """Asks for own notes."""
         return replace(request, own_notes=True)
+
+
+INTERVENTIONS = {kind.name: kind for kind in (Ablate, ZeroNotes, GateZero, Swap, Stale, NormScramble, SelfOnly)}
+
+
+def make_interventions(names: list[str]) -> list[Intervention]:
+    """
+    Interventions by name, with their defaults.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    unknown = sorted(set(names) - set(INTERVENTIONS))
+    if unknown:
+        raise ValueError(f"interventions must be of {sorted(INTERVENTIONS)}, got {unknown}.")
+    return [INTERVENTIONS[name]() for name in names]
+
+
+def check_interventions(interventions: list | None, num_prompts: int) -> tuple[Intervention, ...]:
+    """
+    The interventions of a call.
+
+    Raises:
+        ValueError: For an object that is none, or one that cannot do anything in this call.
+    """
+    for intervention in interventions or ():
+        if not callable(getattr(intervention, "gate_scale", None)) or isinstance(intervention, type):
+            raise ValueError(f"interventions must hold Intervention objects, got {intervention!r}.")
+        intervention.check(num_prompts)
+    return tuple(interventions or ())

@@ -123,3 +123,42 @@ class ParallelGenerateOutput(ModelOutput):
     streams: list[list[StreamResult]] | None = None
     merged: list[torch.Tensor] | None = None
     trace: DecodingTrace | None = None
+
+
+def collect_output(streams: Any, settings: Any, trace: DecodingTrace) -> ParallelGenerateOutput:
+    """
+    The result of a finished call.
+
+    Args:
+        streams (`StreamBatch`): Prompts and sections.
+        settings (`Settings`): Choices of the call.
+        trace (`DecodingTrace`): What happened.
+    """
+    results: list[list[StreamResult]] = [[] for _ in streams.prompts]
+    merged: list[list[int]] = [[] for _ in streams.prompts]
+    rows = []
+    for row, section in enumerate(streams.sections):
+        prompt, stream = divmod(row, settings.num_streams)
+        results[prompt].append(
+            StreamResult(
+                name=f"stream_{stream}",
+                token_ids=section.tokens,
+                blocks=section.blocks,
+                coverage=section.coverage,
+                retries=section.retries,
+                finished=section.finished,
+            )
+        )
+        merged[prompt] += section.header + [token for token in section.tokens if token not in settings.eos_ids]
+        rows.append((streams.prompts[prompt] + section.header, section.tokens))
+    left = max(len(start) for start, _ in rows)
+    right = max(len(section) for _, section in rows)
+    sequences = torch.full((len(rows), left + right), settings.pad_id)
+    for row, (start, section) in enumerate(rows):
+        sequences[row, left - len(start) : left + len(section)] = torch.tensor(start + section)
+    return ParallelGenerateOutput(
+        sequences=sequences.to(streams.device),
+        streams=results,
+        merged=[torch.tensor(tokens, dtype=torch.long) for tokens in merged],
+        trace=trace,
+    )

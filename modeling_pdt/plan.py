@@ -78,7 +78,7 @@ def check_plan_entries(entries: list[dict], num_streams: int) -> list[PlanEntry]
         if not isinstance(entry, dict) or not str(entry.get("text", "")).strip() or set(entry) - {"text", "stream"}:
             raise ValueError(f"a plan_texts entry must be {{'text': str, 'stream': int}}, got {entry!r}.")
         stream = entry.get("stream")
-        if stream is not None and not 0 <= stream < num_streams:
+        if stream is not None and (not isinstance(stream, int) or not 0 <= stream < num_streams):
             raise ValueError(f"plan_texts: stream must be in [0, {num_streams - 1}], got {stream!r}.")
         checked.append(PlanEntry(str(entry["text"]).strip(), stream))
     return checked

@@ -3,8 +3,10 @@
 Letters: R rows, V vocabulary.
 """
 
+from typing import Any
+
 import torch
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -14,7 +16,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+# Settings whose processors count from the length of the prompt that they were made for.
+LENGTH_FIELDS = ("min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty")
 # Processors that look at the scores only: one call serves rows of any length.
 HISTORY_FREE = (
     EpsilonLogitsWarper,
@@ -72,26 +77,101 @@ def prompt_keys(prompts: list[list[int]]) -> list[int]:
     return keys
 
 
+def capture_processors(
+    model: Any,
+    config: GenerationConfig,
+    start: list[int],
+    max_new_tokens: int,
+    processors: Any = None,
+    criteria: Any = None,
+    tokenizer: Any = None,
+) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+    """
+    Logits processors and the caller's criteria as `transformers` builds them from the configuration.
+
+    The trunk's own `generate` prepares them and hands them to a loop that writes nothing.
+
+    Args:
+        model (`PDTForParallelDecoding`): Its trunk does the work.
+        config (`PDTGenerationConfig`): Fields that `GenerationConfig` knows are used.
+        start (`list[int]`): Prompt and header of a row.
+        max_new_tokens (`int`): Limit of a section.
+        processors, criteria, tokenizer (*optional*): The caller's.
+    """
+    known = vars(GenerationConfig())
+    values = {key: value for key, value in config.to_dict().items() if key in known and value is not None}
+    plain = GenerationConfig(**{**values, "max_new_tokens": max_new_tokens})
+    caught = {}
+
+    def loop(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        caught.update(kwargs)
+        return input_ids
+
+    ids = torch.tensor([start], device=model.stack.base_layer.embed_tokens.weight.device)
+    model.trunk.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=plain,
+        custom_generate=loop,
+        logits_processor=LogitsProcessorList(processors or []),
+        stopping_criteria=StoppingCriteriaList(criteria or []),
+        **({} if plain.stop_strings is None else {"tokenizer": tokenizer}),
+    )
+    own = [c for c in caught["stopping_criteria"] if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
+    return caught["logits_processor"], StoppingCriteriaList(own)
+
+
+def row_processors(
+    model: Any,
+    config: GenerationConfig,
+    starts: list[list[int]],
+    max_new_tokens: int,
+    processors: Any = None,
+    criteria: Any = None,
+    tokenizer: Any = None,
+) -> tuple[list[LogitsProcessorList], StoppingCriteriaList]:
+    """
+    The processors of every row, one object for all rows unless they count from the start of a row's section.
+
+    Args:
+        starts (`list[list[int]]`): Prompt and header of every row; see [`capture_processors`] for the others.
+    """
+    shared = all(getattr(config, name) is None for name in LENGTH_FIELDS)
+    made: dict[int, tuple] = {}
+    for start in starts:
+        length = 0 if shared else len(start)
+        if length not in made:
+            made[length] = capture_processors(model, config, start, max_new_tokens, processors, criteria, tokenizer)
+    first = made[0 if shared else len(starts[0])]
+    return [made[0 if shared else len(start)][0] for start in starts], first[1]
+
+
+def history_free(processors_R: list[LogitsProcessorList]) -> bool:
+    """Whether all rows share processors that look at the scores only."""
+    shared = all(processors is processors_R[0] for processors in processors_R)
+    return shared and all(isinstance(processor, HISTORY_FREE) for processor in processors_R[0])
+
+
 def process_logits(
-    logits_RV: torch.Tensor, processors: LogitsProcessorList, histories: list[torch.Tensor]
+    logits_RV: torch.Tensor, processors_R: list[LogitsProcessorList], histories: list[torch.Tensor]
 ) -> torch.Tensor:
     """
     Scores after the processors, each row with its own history.
 
     Args:
         logits_RV (`torch.Tensor` of shape `[R, V]`): Raw logits.
-        processors (`LogitsProcessorList`): As `generate` builds them.
-        histories (`list[torch.LongTensor]`): Per row, its prompt, header and committed or pending tokens.
+        processors_R (`list[LogitsProcessorList]`): Per row, as `generate` builds them.
+        histories (`list[torch.LongTensor]`): Per row, its prompt, header and committed or pending tokens; not needed
+            with processors that are [`history_free`].
     """
-    if not processors:
-        return logits_RV
-    if all(isinstance(processor, HISTORY_FREE) for processor in processors):
-        return processors(histories[0][None].expand(logits_RV.shape[0], -1), logits_RV)
+    if history_free(processors_R):
+        return processors_R[0](logits_RV.new_zeros(logits_RV.shape[0], 0, dtype=torch.long), logits_RV)
     scores = torch.empty_like(logits_RV)
-    lengths = [history.shape[0] for history in histories]
-    for length in sorted(set(lengths)):
-        rows = [row for row, value in enumerate(lengths) if value == length]
-        scores[rows] = processors(torch.stack([histories[row] for row in rows]), logits_RV[rows])
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, (processors, history) in enumerate(zip(processors_R, histories, strict=True)):
+        groups.setdefault((id(processors), history.shape[0]), []).append(row)
+    for rows in groups.values():
+        scores[rows] = processors_R[rows[0]](torch.stack([histories[row] for row in rows]), logits_RV[rows])
     return scores
 
 

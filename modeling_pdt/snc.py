@@ -165,10 +165,10 @@ class StreamAdapter(nn.Module):
         Args:
             hidden_RTD (`torch.Tensor` of shape `[R, T, D]`): States.
             stream_RT (`torch.LongTensor` of shape `[R, T]`): Stream of each token, -1 for none. A row
-                holds one stream.
+                holds one stream; streams beyond S count modulo S.
         """
         stream_R = stream_RT.amax(dim=1)
-        index = stream_R.clamp(min=0)
+        index = stream_R.clamp(min=0) % self.down.shape[0]
         inner = torch.baddbmm(self.down_bias[index][:, None], self.norm(hidden_RTD), self.down[index])
         update = torch.bmm(torch.nn.functional.gelu(inner), self.up[index])
         return hidden_RTD + update.masked_fill((stream_RT < 0)[..., None], 0.0).to(hidden_RTD.dtype)

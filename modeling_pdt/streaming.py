@@ -21,13 +21,20 @@ class ParallelStreamer:
 
 
 class SingleRowStreamer(ParallelStreamer):
-    """Hands the only row's tokens to a streamer of transformers."""
+    """
+    Hands the only row's tokens to a streamer of transformers, its prompt first, as `generate` does.
 
-    def __init__(self, streamer: BaseStreamer) -> None:
+    Args:
+        streamer (`BaseStreamer`): To call.
+        start (`list[int]`): Prompt and header.
+    """
+
+    def __init__(self, streamer: BaseStreamer, start: list[int]) -> None:
         self.streamer = streamer
+        self.streamer.put(torch.tensor([start]))
 
     def put(self, prompt: int, stream: int, token_ids: list[int]) -> None:
-        """Passes the tokens on one by one, as `generate` does."""
+        """Passes the tokens on one by one."""
         for token in token_ids:
             self.streamer.put(torch.tensor([token]))
 
@@ -36,9 +43,14 @@ class SingleRowStreamer(ParallelStreamer):
         self.streamer.end()
 
 
-def parallel_streamer(streamer: object | None, rows: int) -> ParallelStreamer:
+def parallel_streamer(streamer: object | None, rows: int, start: list[int]) -> ParallelStreamer:
     """
     The streamer to call: none given is a silent one, a plain one serves a single row.
+
+    Args:
+        streamer (*optional*): As the caller gave it.
+        rows (`int`): Rows of the call.
+        start (`list[int]`): Prompt and header of the first row.
 
     Raises:
         ValueError: For a plain streamer with more than one row, or an object that is no streamer.
@@ -50,7 +62,7 @@ def parallel_streamer(streamer: object | None, rows: int) -> ParallelStreamer:
             raise ValueError(
                 f"streamer: {type(streamer).__name__} serves one row, this call has {rows}; use a ParallelStreamer."
             )
-        return SingleRowStreamer(streamer)
+        return SingleRowStreamer(streamer, start)
     if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
         raise ValueError(f"streamer must have put(prompt, stream, token_ids) and end(), got {streamer!r}.")
     return streamer

@@ -74,10 +74,7 @@ class StreamBatch:
         # Place 0 holds the position before the section, place i + 1 section token i.
         self.tap_RLD = torch.zeros(rows, max_new_tokens + 1, width, device=device)
         self.previous_R = torch.tensor(
-            [
-                (section.header or prompts[row // self.num_streams])[-1]
-                for row, section in enumerate(self.sections)
-            ],
+            [(section.header or prompts[row // self.num_streams])[-1] for row, section in enumerate(self.sections)],
             device=device,
         )
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=device)
