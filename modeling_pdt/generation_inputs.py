@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from .configuration_generation import PDTGenerationConfig
 from .interventions import Intervention, check_interventions
-from .plan import PlanEntry, StreamPlan, check_plan_entries, parse_outline
+from .plan import OUTLINE_END, PlanEntry, StreamPlan, check_plan_entries, parse_outline
 from .rollout import encode_texts
 from .sampling import row_processors
 
@@ -28,6 +28,7 @@ RESTRICTED = {
     "prompt_lookup_num_tokens": (None,),
     "cache_implementation": (None,),
     "use_cache": (None, True),
+    "token_healing": (None, False),
     "output_scores": (None, False),
     "output_logits": (None, False),
     "output_attentions": (None, False),
@@ -237,15 +238,15 @@ def write_outlines(
                     do_sample=False,
                     eos_token_id=config.eos_token_id,
                     pad_token_id=config.pad_token_id,
+                    stop_strings=[OUTLINE_END],
                 ),
-                stop_strings=["\n\n"],
                 tokenizer=tokenizer,
             )[0, len(prompt) :].tolist()
         text = tokenizer.decode(written, skip_special_tokens=True)
         lines = parse_outline(text)
         if not lines:
             raise ValueError(f"the trunk wrote no outline of the form '1. Header: item; item', but {text!r}.")
-        outline = text.split("\n\n")[0].rstrip("\n") + "\n\n"
+        outline = text.split(OUTLINE_END)[0].rstrip("\n") + OUTLINE_END
         extended.append(prompt + tokenize("outline", tokenizer, [outline])[0])
         plans.append(lines)
     return extended, plans

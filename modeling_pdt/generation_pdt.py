@@ -146,7 +146,9 @@ class ParallelDecoder:
     def _trace_plan(self) -> None:
         for prompt, entries in enumerate(self.inputs.entries):
             items = [{"text": entry.text, "stream": entry.stream} for entry in entries]
-            self.trace.add("plan", prompt=prompt, items=items)
+            first = prompt * self.settings.num_streams
+            headers = self.inputs.headers[first : first + self.settings.num_streams]
+            self.trace.add("plan", prompt=prompt, items=items, headers=headers)
 
     def _start(self) -> torch.Tensor:
         """Prefills the prompts once, expands them to rows, feeds last prompt token and header; returns logits."""
@@ -338,7 +340,9 @@ class ParallelDecoder:
                 "call": self.trace.calls,
             }
             if withdrawn:
-                self.trace.add("rollback", **event, tokens=streams.tokens_RL[row, start:end].tolist())
+                tokens = streams.tokens_RL[row, start:end].tolist()
+                self.trace.add("rollback", **event, tokens=tokens)
+                self.streamer.rollback(event["prompt"], event["stream"], tokens)
             else:
                 forced = threshold is not None and score < threshold
                 self.trace.add("commit", **event, forced=forced)
@@ -364,8 +368,11 @@ class ParallelDecoder:
         streams, settings = self.streams, self.settings
         attempt_M = streams.attempt_R[rows_M]
         logits_MV = logits_MV.float() * 2.0 ** (attempt_M - 1).clamp(min=0)[:, None]
-        histories = streams.histories(rows_M) if self.needs_history else []
-        scores = process_logits(logits_MV, [self.inputs.processors[row] for row in rows_M.tolist()], histories)
+        histories, processors = [], self.inputs.processors[: len(rows_M)]
+        if self.needs_history:
+            histories = streams.histories(rows_M)
+            processors = [self.inputs.processors[row] for row in rows_M.tolist()]
+        scores = process_logits(logits_MV, processors, histories)
         uniform = None
         if settings.do_sample:
             seed = torch.full_like(rows_M, settings.seed)

@@ -76,8 +76,9 @@ class DecodingTrace:
 
     Args:
         settings (`dict`): Choices of the call, after defaults.
-        events (`list[dict]`): One dictionary per event with `kind` one of `"plan"`, `"note"`, `"gate"`, `"commit"`,
-            `"rollback"`, with prompt, stream, round and attempt.
+        events (`list[dict]`): One dictionary per event. `kind` is `"plan"` (per prompt: items, tokens of the headers),
+            `"commit"` (a block stands and its note is published) or `"rollback"` (a block and its note are withdrawn);
+            the last two say prompt, stream, round, attempt, token range, agreement, coverage and trunk call.
         timings (`dict[str, float]`): Seconds by part of the call.
         calls (`int`): Trunk calls after the prefill.
     """

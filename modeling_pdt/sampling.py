@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 # Settings whose processors count from the length of the prompt that they were made for.
 LENGTH_FIELDS = ("min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty")
@@ -100,7 +100,12 @@ def capture_processors(
     """
     known = vars(GenerationConfig())
     values = {key: value for key, value in config.to_dict().items() if key in known and value is not None}
-    plain = GenerationConfig(**{**values, "max_new_tokens": max_new_tokens})
+    plain = GenerationConfig(**{**values, "max_new_tokens": max_new_tokens, "stop_strings": None})
+    criteria = StoppingCriteriaList(criteria or [])
+    if config.stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError(f"stop_strings={config.stop_strings!r} is text: pass tokenizer=.")
+        criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
     caught = {}
 
     def loop(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -114,8 +119,7 @@ def capture_processors(
         generation_config=plain,
         custom_generate=loop,
         logits_processor=LogitsProcessorList(processors or []),
-        stopping_criteria=StoppingCriteriaList(criteria or []),
-        **({} if plain.stop_strings is None else {"tokenizer": tokenizer}),
+        stopping_criteria=criteria,
     )
     own = [c for c in caught["stopping_criteria"] if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
     return caught["logits_processor"], StoppingCriteriaList(own)

@@ -5,7 +5,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class ParallelStreamer:
-    """Receives committed tokens of every stream; subclass it and override both methods."""
+    """Receives committed tokens of every stream; subclass it and override what is of interest."""
 
     def put(self, prompt: int, stream: int, token_ids: list[int]) -> None:
         """
@@ -15,6 +15,9 @@ class ParallelStreamer:
             prompt (`int`), stream (`int`): Whose block.
             token_ids (`list[int]`): The block's tokens, EOS included.
         """
+
+    def rollback(self, prompt: int, stream: int, token_ids: list[int]) -> None:
+        """Called when a block of a stream is withdrawn; its tokens were never put."""
 
     def end(self) -> None:
         """Called once, after the last commit."""
@@ -63,6 +66,7 @@ def parallel_streamer(streamer: object | None, rows: int, start: list[int]) -> P
                 f"streamer: {type(streamer).__name__} serves one row, this call has {rows}; use a ParallelStreamer."
             )
         return SingleRowStreamer(streamer, start)
-    if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
-        raise ValueError(f"streamer must have put(prompt, stream, token_ids) and end(), got {streamer!r}.")
+    methods = ("put", "rollback", "end")
+    if not all(callable(getattr(streamer, name, None)) for name in methods):
+        raise ValueError(f"streamer must be a ParallelStreamer or have its methods {methods}, got {streamer!r}.")
     return streamer

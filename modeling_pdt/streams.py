@@ -77,6 +77,10 @@ class StreamBatch:
             [(section.header or prompts[row // self.num_streams])[-1] for row, section in enumerate(self.sections)],
             device=device,
         )
+        self.starts = [
+            torch.tensor(prompts[row // self.num_streams] + section.header, device=device)
+            for row, section in enumerate(self.sections)
+        ]
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=device)
         self.cache: RollbackCache | None = None
 
@@ -178,6 +182,5 @@ class StreamBatch:
         """Prompt, header and section of every row, without padding."""
         result = []
         for row, fed in zip(rows_M.tolist(), self.fed_R[rows_M].tolist(), strict=True):
-            start = torch.tensor(self.prompts[row // self.num_streams] + self.sections[row].header)
-            result.append(torch.cat([start.to(self.device), self.tokens_RL[row, :fed]]))
+            result.append(torch.cat([self.starts[row], self.tokens_RL[row, :fed]]))
         return result

@@ -41,17 +41,27 @@ def check_bars(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             value = value["high"] if comparison == "upper" else value["mean"]
         if value is not None:
             met = value >= bar if comparison == ">=" else value <= bar
-            rows.append({"name": name, "value": value, "bar": f"{'>=' if comparison == '>=' else '<='} {bar}", "met": met})
+            rows.append(
+                {"name": name, "value": value, "bar": f"{'>=' if comparison == '>=' else '<='} {bar}", "met": met}
+            )
     chance = look_up(evaluation, ("chance", "overall"))
     for mode in CHANCE_MODES:
         value = look_up(evaluation, ("sibling_fact_recall", mode))
         if value and value["high"] is not None and chance is not None:
             bar = chance + CHANCE_MARGIN
             rows.append(
-                {"name": f"{mode} at chance", "value": value["high"], "bar": f"<= {bar:.3f}", "met": value["high"] <= bar}
+                {
+                    "name": f"{mode} at chance",
+                    "value": value["high"],
+                    "bar": f"<= {bar:.3f}",
+                    "met": value["high"] <= bar,
+                }
             )
     text = evaluation.get("text_ce")
     if text:
-        for name, value in (("text CE above the trunk", text["pdt"] - text["trunk"]), ("text KL to the trunk", text["kl"])):
+        for name, value in (
+            ("text CE above the trunk", text["pdt"] - text["trunk"]),
+            ("text KL to the trunk", text["kl"]),
+        ):
             rows.append({"name": name, "value": value, "bar": f"<= {TEXT_MARGIN}", "met": value <= TEXT_MARGIN})
     return rows

@@ -103,7 +103,9 @@ def overhead_vs_shared_prefill(
     """
     pairs = []
     for index, document in enumerate(documents):
-        ids = tokenizer([render_prompt(document, tokenizer)], return_tensors="pt", add_special_tokens=False)["input_ids"]
+        ids = tokenizer([render_prompt(document, tokenizer)], return_tensors="pt", add_special_tokens=False)[
+            "input_ids"
+        ]
         streams = len(document.streams)
 
         def parallel(document: Document = document, ids: torch.Tensor = ids, streams: int = streams) -> Any:

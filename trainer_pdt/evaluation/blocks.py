@@ -59,9 +59,7 @@ def document_from_texts(document: Document, texts: Sequence[StreamText]) -> Docu
             source = CUES[mention.cue].source
             linked = source in owners and owners[source].stream != stream.stream_id
             kind = "sibling" if item.stream != stream.stream_id or linked else "own"
-            spans.append(
-                Span(mention.start, mention.end, kind, mention.cue, mention.value, item.item_id, item.stream)
-            )
+            spans.append(Span(mention.start, mention.end, kind, mention.cue, mention.value, item.item_id, item.stream))
         streams.append(Stream(stream.stream_id, stream.header, stream.summary, text.text, tuple(spans)))
     return replace(document, streams=tuple(streams))
 

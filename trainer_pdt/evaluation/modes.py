@@ -99,7 +99,9 @@ def write_parallel(
     written = Written()
     prompts = [render_prompt(document, tokenizer) for document in documents] if prompts is None else prompts
     for batch in batches(list(zip(documents, prompts, strict=True)), batch_size):
-        encoded = tokenizer([prompt for _, prompt in batch], return_tensors="pt", padding=True, add_special_tokens=False)
+        encoded = tokenizer(
+            [prompt for _, prompt in batch], return_tensors="pt", padding=True, add_special_tokens=False
+        )
         with model.disable_adapter() if trunk_only else nullcontext():
             output = model.generate(
                 encoded["input_ids"],
@@ -244,7 +246,8 @@ def write_full_text(
         rows = [(index, stream) for index, document in enumerate(batch) for stream in range(len(document.streams))]
         prompts = [tokenizer(render_prompt(d, tokenizer), add_special_tokens=False)["input_ids"] for d in batch]
         headers = [
-            tokenizer(render_header(batch[i].streams[s].header), add_special_tokens=False)["input_ids"] for i, s in rows
+            tokenizer(render_header(batch[i].streams[s].header), add_special_tokens=False)["input_ids"]
+            for i, s in rows
         ]
         texts: list[list[int]] = [[] for _ in rows]
         blocks: list[list[tuple[int, int]]] = [[] for _ in rows]

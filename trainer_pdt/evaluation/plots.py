@@ -24,6 +24,9 @@ MODE_COLORS = {
 }
 """Colours by group of modes: notes on, references with text, swapped notes; all others are controls without notes."""
 
+KINDS = {"train": (BLUE, ""), "held out": (ORANGE, "o"), "bus off": (RED, "D"), "trunk alone": (GREEN, "s")}
+"""Colour and marker by kind of learning curve."""
+
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -88,12 +91,12 @@ def plot_recall(evaluation: Mapping[str, Any], path: Path) -> Path | None:
 
 def log_history(training: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """
-    The log entries of a run, from `trainer_state.json` (`log_history`) or a training report (`history`).
+    The log entries of a run, from `training_report.json` (`logs`) or `trainer_state.json` (`log_history`).
 
     Args:
         training (`dict`, *optional*): Parsed file.
     """
-    for key in ("log_history", "history"):
+    for key in ("log_history", "logs"):
         entries = (training or {}).get(key)
         if isinstance(entries, list):
             return [entry for entry in entries if isinstance(entry, Mapping) and measure(entry.get("step"))]
@@ -102,23 +105,28 @@ def log_history(training: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """
-    Curves by panel: panel name -> `"train"` or `"held out"` -> points (step, value).
+    Curves by panel: panel name -> kind of `KINDS` -> points (step, value).
 
-    A panel is a loss, a loss part (`loss_*`) or a held-out measure (`eval_*`); timings and rates are left out.
+    A panel is a loss, a loss part (`loss_*`) or a held-out measure (`eval_*`, its control beside it); timings, counts
+    and rates are left out.
 
     Args:
         history (`list[dict]`): Log entries with `step`.
     """
+    known = {key for entry in history for key in entry}
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for entry in history:
         for key, value in entry.items():
-            held_out = key.startswith("eval_")
-            name = key.removeprefix("eval_")
-            wanted = held_out or name == "loss" or name.startswith("loss_")
-            skipped = name in ("runtime", "model_preparation_time") or name.endswith("_per_second")
-            read = measure(value)
+            name, read = key.removeprefix("eval_"), measure(value)
+            kind = "held out" if name != key else "train"
+            wanted = kind == "held out" or name == "loss" or name.startswith("loss_")
+            skipped = (
+                key == "eval_loss" or name.startswith(("n_", "runtime", "model_")) or name.endswith("_per_second")
+            )
+            for ending, control in (("_ablated", "bus off"), ("_trunk", "trunk alone")):
+                if name.endswith(ending) and key.removesuffix(ending) in known:
+                    name, kind = name.removesuffix(ending), control
             if wanted and not skipped and read is not None:
-                kind = "held out" if held_out else "train"
                 panels.setdefault(name, {}).setdefault(kind, []).append((float(entry["step"]), read.mean))
     order = sorted(panels, key=lambda name: (name != "loss", "held out" not in panels[name], name))
     return {name: panels[name] for name in order}
@@ -129,7 +137,7 @@ def plot_learning(training: Mapping[str, Any] | None, path: Path) -> Path | None
     Learning curves as small multiples, one panel per loss part or held-out measure, stages marked.
 
     Args:
-        training (`dict`, *optional*): `trainer_state.json` or the training report.
+        training (`dict`, *optional*): `training_report.json` or `trainer_state.json`, with `stages` to mark.
         path (`Path`): PNG to write.
     """
     panels = curves(log_history(training))
@@ -141,7 +149,7 @@ def plot_learning(training: Mapping[str, Any] | None, path: Path) -> Path | None
     stages = [stage for stage in (training or {}).get("stages") or [] if isinstance(stage, Mapping)]
     for index, (axis, (name, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
         for kind, points in lines.items():
-            color, marker = (ORANGE, "o") if kind == "held out" else (BLUE, "")
+            color, marker = KINDS[kind]
             axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.5, label=kind)
         axis.set_title(name.replace("_", " "), loc="left", fontsize=9.5, color=INK)
         if len(lines) > 1 or index == 0:
@@ -164,7 +172,8 @@ def _mark_stages(axis: Axes, stages: Sequence[Mapping[str, Any]], named: bool) -
         axis.axvline(start.mean, color=GREY, linestyle=":", linewidth=1)
         if named:
             where = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "left", "va": "top"}
-            axis.text(start.mean, 0.97, f" {stage.get('name', '')}", fontsize=7, color=GREY, **where)
+            back = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+            axis.text(start.mean, 0.97, f" {stage.get('name', '')}", fontsize=7, color=GREY, bbox=back, **where)
 
 
 def plot_agreement(evaluation: Mapping[str, Any], path: Path) -> Path | None:
@@ -184,9 +193,10 @@ def plot_agreement(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     areas = [
         ("head, planted", agreement.get("auroc"), BLUE, "o"),
         ("head, own generated text", agreement.get("auroc_generated"), ORANGE, "o"),
-        ("head, notes zeroed", agreement.get("zeroed_notes"), RED, "D"),
+        ("notes zeroed", agreement.get("zeroed_notes"), RED, "D"),
         ("'block holds a reference'", controls.get("reference_present"), RED, "D"),
         ("log p(no bus) - log p(notes)", controls.get("logp_gap"), RED, "D"),
+        ("the last, own text", controls.get("logp_gap_generated"), RED, "D"),
     ]
     areas = [area for area in areas if measure(area[1]) is not None]
     if not areas and not any(line[0] for line in lines):
@@ -232,18 +242,26 @@ def plot_coverage(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     points = [point for point in points if point[1] is not None and point[2] is not None]
     if not curve and not points:
         return None
-    figure, (axis,) = _figure(6.2, 4)
+    figure, (left, right) = _figure(10, 4, 2)
     if curve:
-        axis.plot([point[0] for point in curve], [point[1] for point in curve], color=SKY, linewidth=2)
+        left.plot([point[0] for point in curve], [point[1] for point in curve], color=SKY, linewidth=2)
     for name, recall, precision, color, marker in points:
-        label = f"{name}: precision {precision.mean:.3f}, recall {recall.mean:.3f}"
-        axis.plot([recall.mean], [precision.mean], marker, color=color, markersize=9, label=label)
+        label = f"{name}: {precision.mean:.3f} / {recall.mean:.3f}"
+        left.plot([recall.mean], [precision.mean], marker, color=color, markersize=9, label=label)
     if points:
-        axis.legend(frameon=False, fontsize=8.5, loc="lower left")
+        left.legend(frameon=False, fontsize=8.5, loc="best", title="precision / recall", title_fontsize=8.5)
     values = [value for point in curve for value in point[:2]] + [m.mean for point in points for m in point[1:3]]
     low = max(0.0, min([*values, 0.9]) - 0.05)
-    axis.set(xlim=(low, 1.005), ylim=(low, 1.005), xlabel="recall", ylabel="precision")
-    _title(axis, "Coverage per block and plan item, generated text")
+    left.set(xlim=(low, 1.005), ylim=(low, 1.005), xlabel="recall", ylabel="precision")
+    _title(left, "Coverage per block and plan item")
+    steps = [point for point in curve if len(point) > 2 and measure(point[2])]
+    for column, name, color, style in ((1, "precision", BLUE, "-"), (0, "recall", ORANGE, "--")):
+        axis_values = [point[column] for point in steps]
+        right.plot([point[2] for point in steps], axis_values, style, color=color, linewidth=2, label=name)
+    right.set(xlim=(0, 1), ylim=(low, 1.005), xlabel="threshold")
+    right.legend(frameon=False, fontsize=9, loc="best")
+    right.set_visible(bool(steps))
+    _title(right, "By threshold")
     return _save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from ..data.counting import (
@@ -173,6 +174,4 @@ def auroc(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
     points = roc(scores, labels)
     if not points:
         return None
-    return sum(
-        (right[0] - left[0]) * (right[1] + left[1]) / 2 for left, right in zip(points, points[1:], strict=False)
-    )
+    return sum((right[0] - left[0]) * (right[1] + left[1]) / 2 for left, right in pairwise(points))

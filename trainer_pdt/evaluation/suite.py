@@ -178,9 +178,7 @@ class Evaluation:
         decisions = coverage_decisions(self.documents, written.texts, written.events)
         documents = held_out_documents("test", self.arguments.core_documents, 0, heldout_wordings=True)
         logger.info("writing %d documents with plan wordings never trained on", len(documents))
-        unseen = write_parallel(
-            self.model, self.tokenizer, documents, agreement_threshold=None, **self._common()
-        )
+        unseen = write_parallel(self.model, self.tokenizer, documents, agreement_threshold=None, **self._common())
         return {
             **precision_recall(decisions, threshold),
             "heldout_wordings": precision_recall(
@@ -193,9 +191,7 @@ class Evaluation:
         """Section `agreement`: planted contradictions and the model's own text, with controls; sets the threshold."""
         logger.info("scoring blocks: planted contradictions, own text")
         calibration = held_out_documents("validation", self.arguments.calibration_documents, 0)
-        written = write_parallel(
-            self.model, self.tokenizer, calibration, agreement_threshold=None, **self._common()
-        )
+        written = write_parallel(self.model, self.tokenizer, calibration, agreement_threshold=None, **self._common())
         own = [block_scores.document_from_texts(d, t) for d, t in zip(calibration, written.texts, strict=True)]
         threshold = block_scores.threshold_by_false_alarms(self.score(own))
         self.model.generation_config.agreement_threshold = threshold

@@ -8,6 +8,7 @@ from typing import Any
 MODES: dict[str, str] = {
     "pdt": "PDT, notes on",
     "pdt_core": "PDT, notes on, core documents",
+    "pdt_hard": "PDT, notes on, hard documents",
     "independent": "independent streams (trunk only)",
     "ablated": "bus off",
     "zero_notes": "notes zeroed",
@@ -18,7 +19,10 @@ MODES: dict[str, str] = {
     "swapped_own": "notes of another document: its own fact",
     "sequential": "sequential, same trunk",
     "sequential_core": "sequential, core documents",
+    "sequential_hard": "sequential, hard documents",
     "full_text": "streams read each other's text",
+    "full_text_core": "streams read each other's text, core documents",
+    "full_text_hard": "streams read each other's text, hard documents",
 }
 """Decoding modes in the order in which they are shown, with their names for a reader."""
 
@@ -51,6 +55,7 @@ class Table:
         rows (`list[list[str]]`): Cells.
         note (`str`, *optional*): How to read it.
         met (`list[bool]`, *optional*): Per row, whether a bar was met; only for tables of bars.
+        folded (`bool`, *optional*, defaults to `False`): Long and seldom read; folded away on the page.
     """
 
     title: str
@@ -58,6 +63,7 @@ class Table:
     rows: list[list[str]]
     note: str = ""
     met: list[bool] | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,27 +198,39 @@ def _counted(value: Any) -> str:
 def heads_table(evaluation: Mapping[str, Any]) -> Table:
     """Coverage and agreement heads with their controls."""
     coverage, agreement = part(evaluation, "coverage"), part(evaluation, "agreement")
-    wordings, controls = part(coverage, "heldout_wordings"), part(agreement, "controls")
+    wordings = part(coverage, "heldout_wordings")
     rows = _rows(
         [
             ("coverage precision", coverage.get("precision")),
             ("coverage recall", coverage.get("recall")),
             ("coverage precision, plan wordings never trained", wordings.get("precision")),
             ("coverage recall, plan wordings never trained", wordings.get("recall")),
-            ("agreement AUROC, planted contradictions", agreement.get("auroc")),
-            ("agreement AUROC, own generated text", agreement.get("auroc_generated")),
-            ("agreement AUROC, notes zeroed (control)", agreement.get("zeroed_notes")),
-            ("AUROC of 'block holds a reference' (control)", controls.get("reference_present")),
-            ("AUROC of log p(no bus) - log p(fresh notes) (control)", controls.get("logp_gap")),
-            ("contradictions repaired by rollback", agreement.get("repaired")),
-            ("sound blocks rolled back", agreement.get("false_rollback")),
+            *_agreement_rows(agreement, "", "planted contradictions"),
+            *_agreement_rows(agreement, "_generated", "own generated text"),
+            ("contradicting blocks flagged at the threshold", agreement.get("repaired")),
+            ("sound blocks flagged at the threshold", agreement.get("false_rollback")),
             ("agreement threshold", agreement.get("threshold")),
         ]
     )
-    counts = [f"{agreement[key]} {key}" for key in ("blocks", "positives") if isinstance(agreement.get(key), int)]
+    counts = [
+        f"{name}: {agreement[f'blocks{suffix}']} blocks, {agreement[f'positives{suffix}']} contradict"
+        for suffix, name in (("", "planted"), ("_generated", "own text"))
+        if isinstance(agreement.get(f"blocks{suffix}"), int) and isinstance(agreement.get(f"positives{suffix}"), int)
+    ]
     note = "Agreement is scored over blocks that hold a reference whose owner stated the fact in a visible or the "
-    note += "same round" + (f" ({', '.join(counts)})." if counts else ".")
+    note += "same round" + (f" ({'; '.join(counts)})." if counts else ".")
+    note = note if agreement else ""
     return Table("Coverage and agreement", ("measure", "value", "95 % interval", "n"), rows, note)
+
+
+def _agreement_rows(agreement: Mapping[str, Any], suffix: str, text: str) -> list[tuple[str, Any]]:
+    controls = part(agreement, "controls")
+    return [
+        (f"agreement AUROC, {text}", agreement.get(f"auroc{suffix}")),
+        ("- control: head with zeroed notes", agreement.get(f"zeroed_notes{suffix}")),
+        ("- control: 'block holds a reference'", controls.get(f"reference_present{suffix}")),
+        ("- control: log p(no bus) - log p(fresh notes)", controls.get(f"logp_gap{suffix}")),
+    ]
 
 
 def rollback_table(evaluation: Mapping[str, Any]) -> Table:
@@ -261,7 +279,9 @@ def speed_table(evaluation: Mapping[str, Any]) -> Table:
     rows = []
     for key, value in part(evaluation, "speed").items():
         read = measure(value)
-        if read is not None:
+        if isinstance(value, int):
+            rows.append([labels.get(key, key.replace("_", " ")), str(value), "", ""])
+        elif read is not None:
             quartiles = "" if read.low is None or read.high is None else f"{read.low:.2f} to {read.high:.2f}"
             pairs = "" if read.n is None else str(read.n)
             rows.append([labels.get(key, key.replace("_", " ")), f"{read.mean:.2f}", quartiles, pairs])
@@ -276,7 +296,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Names and text of all scalars and measures in nested mappings; lists and missing values are left out."""
     pairs: list[tuple[str, str]] = []
     for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
+        name = f"{prefix}{key.removesuffix('_s')}".replace("_", " ") + (" (s)" if key.endswith("_s") else "")
         if isinstance(value, Mapping) and measure(value) is None:
             pairs += flat(value, f"{name}: ")
         elif not isinstance(value, list | tuple) and _scalar(value):
@@ -293,7 +313,7 @@ def settings_table(evaluation: Mapping[str, Any]) -> Table:
 def cue_table(evaluation: Mapping[str, Any]) -> Table:
     """Chance per fact type."""
     rows = [[cue, show(value)] for cue, value in part(evaluation, "chance", "by_cue").items() if show(value)]
-    return Table("Chance per fact type", ("cue", "chance"), rows)
+    return Table("Chance per fact type", ("cue", "chance"), rows, folded=True)
 
 
 def all_tables(evaluation: Mapping[str, Any]) -> list[Table]:

@@ -1,0 +1,361 @@
+"""Cached, batched, rolled-back decoding computes what a fresh forward over each finished row computes."""
+
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modeling_pdt import PDTForParallelDecoding, Rollout
+from modeling_pdt.cache import RollbackCache
+from modeling_pdt.generation_inputs import encode_plan, merge_generation_config, prepare_inputs
+from modeling_pdt.generation_pdt import ParallelDecoder
+from modeling_pdt.plan import PlanEntry
+from modeling_pdt.rollout import plan_vectors
+
+TRUNKS = ("gpt_oss", "llama", "qwen3")
+TOLERANCE = 1e-5
+HEADERS = [[11, 12, 13], [14], [15, 16, 17, 18, 19]]
+
+
+def trained(make_model, name="gpt_oss", **overrides):
+    model = make_model(name, trained=True, **overrides)
+    model.config._adapter_config.trained_parts = ["agreement", "coverage"]
+    return model
+
+
+def decoder_for(model, prompts, headers=None, plan=None, **kwargs):
+    """A decoder over token lists, with headers `[row]` and plan vectors given directly."""
+    length = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    seed = kwargs.pop("seed", 0)
+    interventions = kwargs.pop("interventions", None)
+    config = merge_generation_config(model, None, {"eos_token_id": None, "pad_token_id": 0, **kwargs})
+    inputs, settings = prepare_inputs(model, config, ids, mask, seed=seed, interventions=interventions)
+    if headers is not None:
+        inputs.headers = headers * len(prompts)
+    if plan is not None:
+        inputs.plan_BPN, inputs.plan_mask_BP = plan
+        inputs.num_items = plan[0].shape[1]
+    return ParallelDecoder(model, inputs, settings)
+
+
+class Shadow:
+    """Follows every row of a decoder: the tokens its cache holds, the window each of them read, and the logits."""
+
+    def __init__(self, decoder):
+        self.decoder, self.events = decoder, []
+        self.windows, self.rows = [], [[] for _ in decoder.streams.sections]
+        self.logits = [{} for _ in self.rows]
+        streams, stack = decoder.streams, decoder.stack
+        self.upper, self.project, self.choose = stack.upper, stack.project_notes, decoder._choose
+        self.rollback = streams.rollback
+        self.consumed = None
+        decoder._choose = self._on_choose
+        streams.rollback = self._on_rollback
+
+    def run(self):
+        stack = self.decoder.stack
+        lower, upper, project = stack.lower, stack.upper, stack.project_notes
+
+        def on_lower(**inputs):
+            self.consumed = inputs
+            return lower(**inputs)
+
+        def on_project(notes, mask, scale):
+            self.windows.append(notes)
+            return project(notes, mask, scale)
+
+        def on_upper(tap, states=None, stream_ids=None, collect=None):
+            self._record(states, stream_ids)
+            return upper(tap, states, stream_ids, collect)
+
+        stack.lower, stack.upper, stack.project_notes = on_lower, on_upper, on_project
+        try:
+            return self.decoder.run()
+        finally:
+            del stack.lower, stack.upper, stack.project_notes
+
+    def _record(self, states, stream_ids):
+        ids, streams = self.consumed["input_ids"], self.decoder.streams
+        tokens = ids.shape[1]
+        present = self.consumed["attention_mask"][:, -tokens:]
+        self.appended = torch.zeros(len(self.rows), dtype=torch.long)
+        for row, entries in enumerate(self.rows):
+            source = row // streams.num_streams if states is None else row
+            for place in range(tokens):
+                real = bool(present[source, place])
+                mask = None
+                if states is not None:
+                    mask = states.mask[row] if states.mask.dim() == 2 else states.mask[row, place]
+                entries.append(
+                    SimpleNamespace(
+                        token=int(ids[source, place]),
+                        real=real,
+                        window=None if mask is None else len(self.windows) - 1,
+                        mask=mask,
+                        stream=-1 if stream_ids is None else int(stream_ids[row, place]),
+                    )
+                )
+
+    def _on_rollback(self, counts):
+        cache = self.decoder.streams.cache
+        kept = (counts == 0).nonzero().squeeze(1)
+        before = [(layer._keys[kept, :, layer.start : layer.end].clone(), layer.end) for layer in cache.layers]
+        mask = self.decoder.streams.mask[kept].clone()
+        self.rollback(counts)
+        for layer, (keys, end) in zip(cache.layers, before, strict=True):
+            assert layer.end == end
+            assert torch.equal(layer._keys[kept, :, layer.start : layer.end], keys)
+        assert torch.equal(self.decoder.streams.mask[kept], mask)
+        for row, count in enumerate(counts.tolist()):
+            if count:
+                self.events.append((row, count))
+                del self.rows[row][-count:]
+
+    def _on_choose(self, rows, logits):
+        for row, values in zip(rows.tolist(), logits, strict=True):
+            self.logits[row][int(self.decoder.streams.fed_R[row])] = values.clone()
+        return self.choose(rows, logits)
+
+    def largest_difference(self, row, gate_scale=1.0):
+        """Between the logits that the row was continued with and one forward over its tokens without a cache."""
+        model, streams = self.decoder.model, self.decoder.streams
+        entries = [entry for entry in self.rows[row] if entry.real]
+        section = streams.sections[row]
+        expected = streams.prompts[row // streams.num_streams] + section.header + section.tokens
+        assert [entry.token for entry in entries] == expected[: len(entries)]
+        assert len(entries) >= len(expected) - 1
+        used = sorted({entry.window for entry in entries if entry.window is not None})
+        offset, width = {}, 0
+        for window in used:
+            offset[window] = width
+            width += self.windows[window].shape[1]
+        mask = torch.zeros(1, len(entries), width, dtype=torch.bool)
+        for place, entry in enumerate(entries):
+            if entry.window is not None:
+                start = offset[entry.window]
+                mask[0, place, start : start + len(entry.mask)] = entry.mask
+        notes = torch.cat([self.windows[window][row : row + 1] for window in used], dim=1)
+        ids = torch.tensor([[entry.token for entry in entries]])
+        fresh = model(
+            ids,
+            stream_ids=torch.tensor([[entry.stream for entry in entries]]),
+            note_states=model.project_notes(notes, mask, gate_scale),
+        ).logits[0]
+        start = len(expected) - len(section.tokens) - 1
+        chosen = range(len(section.tokens))
+        return max(float((self.logits[row][place] - fresh[start + place]).abs().max()) for place in chosen)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_one_silent_stream_is_the_trunk(trunk, padding):
+    ids, mask = torch.randint(2, 97, (3, 14)), torch.ones(3, 14, dtype=torch.long)
+    mask[0, :padding] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 23, "do_sample": False, "pad_token_id": 0}
+    reference = trunk.generate(input_ids=ids, eos_token_id=1, **arguments)[:, 14:]
+    model = PDTForParallelDecoding.from_trunk(trunk, block_size=4).eval()
+    output = model.generate(
+        ids, num_streams=1, gate_scale=0.0, plan=None, eos_token_id=1, return_dict_in_generate=True, **arguments
+    )
+    for row, streams in enumerate(output.streams):
+        tokens = streams[0].token_ids
+        assert tokens == reference[row, : len(tokens)].tolist()
+        assert len(tokens) == 23 or tokens[-1] == 1
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("streams", [1, 3])
+def test_batch_of_prompts_is_the_prompts_one_by_one(make_model, name, streams):
+    model = make_model(name, trained=True)
+    prompts = [torch.randint(2, 97, (length,)).tolist() for length in (3, 11, 7)]
+    headers = HEADERS[:streams]
+
+    def decode(chosen):
+        shadow = Shadow(decoder_for(model, chosen, headers, num_streams=streams, max_new_tokens=18))
+        with torch.no_grad():
+            shadow.run()
+        return shadow
+
+    together, ties = decode(prompts), 0
+    for index, prompt in enumerate(prompts):
+        alone = decode([prompt])
+        for stream in range(streams):
+            row = index * streams + stream
+            left, right = together.decoder.streams.sections[row], alone.decoder.streams.sections[stream]
+            for place in range(len(left.tokens)):
+                top = alone.logits[stream][place].topk(2).values
+                if top[0] - top[1] < 1e-5:
+                    ties += 1
+                    break
+                assert left.tokens[place] == right.tokens[place]
+                assert (together.logits[row][place] - alone.logits[stream][place]).abs().max() < TOLERANCE
+    assert ties <= 1
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("headers", [HEADERS, [[], [14], []]])
+def test_decoding_is_one_training_forward(make_model, name, headers):
+    model = trained(make_model, name)
+    prompts = [torch.randint(2, 97, (length,)).tolist() for length in (5, 12)]
+    items = torch.randn(2, 2, 16)
+    present = torch.tensor([[True, True], [True, False]])
+    shadow = Shadow(
+        decoder_for(
+            model, prompts, headers, (items, present), max_new_tokens=18, max_retries=0, do_sample=True, seed=3
+        )
+    )
+    with torch.no_grad():
+        shadow.run()
+        logits, start = training_logits(model, shadow.decoder, items, present)
+    for row, section in enumerate(shadow.decoder.streams.sections):
+        for place in range(len(section.tokens)):
+            difference = (shadow.logits[row][place] - logits[row, start[row] - 1 + place]).abs().max()
+            assert difference < TOLERANCE, (row, place)
+
+
+def training_logits(model, decoder, items, present):
+    """One forward with a `Rollout` over the rows that a decoder has written; the plan is given as planner vectors."""
+    streams, block = decoder.streams, decoder.settings.block_size
+    rows = [
+        (streams.prompts[row // 3], section.header, section.tokens) for row, section in enumerate(streams.sections)
+    ]
+    longest = max(len(p) + len(h) + len(s) for p, h, s in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    stream, write, read = (torch.full_like(ids, -1) for _ in range(3))
+    start = []
+    for row, (prompt, header, section) in enumerate(rows):
+        begin = len(prompt) + len(header)
+        end = begin + len(section)
+        ids[row, :end] = torch.tensor(prompt + header + section)
+        mask[row, :end] = 1
+        stream[row, len(prompt) : end] = row % 3
+        write[row, begin:end] = torch.arange(len(section)) // block
+        read[row, len(prompt) : begin] = 0
+        read[row, begin:end] = (torch.arange(len(section)) + 1) // block
+        start.append(begin)
+    rollout = Rollout(
+        num_streams=3,
+        block_size=block,
+        capacity=decoder.settings.bus_capacity,
+        write_round_RT=write,
+        read_round_RT=read,
+        lag_R1=torch.full((len(rows), 1), decoder.settings.bus_lag),
+        plan_slots_BP=torch.zeros(2, items.shape[1], dtype=torch.long),
+        plan_mask_BP=present,
+    )
+    heads = model.stack.heads
+    heads.embed_slots = lambda slots: items
+    try:
+        output = model(ids, attention_mask=mask, stream_ids=stream, rollout=rollout)
+    finally:
+        del heads.embed_slots
+    notes = decoder.bus.notes_BSVKN.flatten(0, 1)[:, : output.speculation.shape[1]]
+    published = decoder.bus.published_BSV.flatten(0, 1)[:, : output.speculation.shape[1]]
+    assert published.all()
+    assert torch.allclose(notes, output.speculation, atol=TOLERANCE)
+    return output.logits, start
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@pytest.mark.parametrize("headers", [HEADERS, [[], [], []]])
+def test_rolled_back_rows_continue_as_fresh_ones(make_model, name, headers):
+    model = trained(make_model, name)
+    prompts = [torch.randint(2, 97, (length,)).tolist() for length in (6, 13)]
+    plan = (torch.randn(2, 2, 16), torch.ones(2, 2, dtype=torch.bool))
+    decoder = decoder_for(
+        model,
+        prompts,
+        headers,
+        plan,
+        max_new_tokens=26,
+        max_retries=2,
+        agreement_threshold=0.999,
+        do_sample=True,
+        seed=5,
+    )
+    shadow = Shadow(decoder)
+    with torch.no_grad():
+        output = shadow.run()
+        for row in range(6):
+            assert shadow.largest_difference(row) < TOLERANCE, row
+    assert len(output.trace.of_kind("rollback")) > 20
+    assert any(row.retries > 2 for rows in output.streams for row in rows)
+
+
+def test_unread_prompt_token_stays_unread_when_the_first_block_is_rewritten(make_model):
+    model = trained(make_model, "llama")
+    plan = (torch.randn(1, 2, 16), torch.ones(1, 2, dtype=torch.bool))
+    decoder = decoder_for(
+        model, [[5, 6, 7, 8]], [[], [], []], plan, max_new_tokens=4, max_retries=1, agreement_threshold=1.0
+    )
+    first = {}
+    choose = decoder._choose
+
+    def on_choose(rows, logits):
+        for row, values in zip(rows.tolist(), logits, strict=True):
+            if int(decoder.streams.fed_R[row]) == 0:
+                first.setdefault(row, []).append(values.clone())
+        return choose(rows, logits)
+
+    decoder._choose = on_choose
+    with torch.no_grad():
+        decoder.run()
+    assert [len(values) for values in first.values()] == [2, 2, 2]
+    for before, after in first.values():
+        assert torch.allclose(before, after, atol=TOLERANCE)
+
+
+def test_too_small_a_margin_is_an_error(make_model):
+    model = make_model()
+    cache = RollbackCache(model.trunk.config, margin=2)
+    with torch.no_grad():
+        model.stack.upper(model.stack.lower(input_ids=torch.randint(2, 97, (2, 30)), past_key_values=cache))
+    cache.rollback(torch.tensor([2, 0]))
+    with pytest.raises(RuntimeError, match=r"rollback of 1 tokens is deeper than the cache margin 2"):
+        cache.rollback(torch.tensor([1, 0]))
+
+
+def test_dead_rows_leave_live_rows_finite(make_model):
+    model = make_model("llama", trained=True)
+    prompts = [torch.randint(2, 97, (5,)).tolist() for _ in range(4)]
+    with torch.no_grad():
+        alone = decoder_for(model, prompts, num_streams=2, max_new_tokens=40, do_sample=True).run()
+        every = [token for rows in alone.streams for row in rows for token in row.token_ids[:8]]
+        end = max(set(every), key=every.count)
+        output = decoder_for(model, prompts, num_streams=2, max_new_tokens=40, do_sample=True, eos_token_id=end).run()
+    lengths = [len(row.token_ids) for rows in output.streams for row in rows]
+    assert min(lengths) < 10
+    for before, after in zip(chain(*alone.streams), chain(*output.streams), strict=True):
+        assert after.token_ids[: min(4, len(after.token_ids))] == before.token_ids[: min(4, len(after.token_ids))]
+        assert after.finished == (after.token_ids[-1] == end)
+
+
+def test_plan_vectors_are_those_of_a_training_forward(make_model):
+    model = make_model(trained=True)
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [ord(letter) % 90 + 2 for letter in text]}
+
+    texts = [["main crop", "mayor"], ["river"]]
+    with torch.no_grad():
+        vectors, mask = encode_plan(
+            model, tokenizer, [[PlanEntry(text) for text in row] for row in texts], torch.device("cpu")
+        )
+        ids = torch.zeros(2, 2, 9, dtype=torch.long)
+        present = torch.zeros_like(ids, dtype=torch.bool)
+        for row, items in enumerate(texts):
+            for place, text in enumerate(items):
+                ids[row, place, : len(text)] = torch.tensor(tokenizer(text, False)["input_ids"])
+                present[row, place, : len(text)] = True
+        fields = {"item_ids_BPL": ids, "item_mask_BPL": present}
+        empty = torch.full((6, 4), -1)
+        rollout = Rollout(3, 4, 16, empty, empty, torch.ones(6, 1), **fields)
+        reference, reference_mask = plan_vectors(model.stack, rollout)
+    assert torch.equal(mask, reference_mask)
+    assert torch.allclose(vectors, reference, atol=1e-6)

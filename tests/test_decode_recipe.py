@@ -1,0 +1,127 @@
+"""recipes/decode.py on a tiny random model, and the view that it shows."""
+
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from modeling_pdt import PDTForParallelDecoding
+from trainer_pdt.live_view import LiveView
+from trainer_pdt.parser import RecipeParser
+from trainer_pdt.trunk import train_tokenizer
+
+PATH = Path(__file__).parents[1] / "recipes/decode.py"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("decode_recipe", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(600, num_documents=100)
+
+
+@pytest.fixture
+def model(tokenizer):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    model = PDTForParallelDecoding.from_trunk(LlamaForCausalLM(config), notes_dim=16, block_size=4).eval()
+    model.config._adapter_config.trained_parts = ["agreement"]
+    return model
+
+
+def arguments(recipe, *words):
+    return RecipeParser(recipe.DecodeArguments).parse(["--model", "unused", *words])[0]
+
+
+def console(width=100, terminal=False):
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+
+
+def test_the_answer_is_shown_and_recorded(recipe, model, tokenizer, tmp_path):
+    screen, manifest = console(), tmp_path / "folder/manifest.json"
+    options = ["--plan", "none", "--headers", "Farming", "Places", "--num_streams", "2", "--max_new_tokens", "10"]
+    gate = ["--agreement_threshold", "1.0", "--interventions", "stale", "--manifest", str(manifest), "--seed", "3"]
+    output = recipe.decode(
+        model, tokenizer, arguments(recipe, "--prompt", "Describe Velmar.", *options, *gate), screen
+    )
+    written = screen.file.getvalue()
+    record = json.loads(manifest.read_text())
+    assert record["prompts"] == ["Describe Velmar.\n"]
+    assert [len(sections) for sections in record["sections"]] == [2]
+    assert record["trace"]["settings"]["interventions"] == ["stale"]
+    assert written.count("committed:") == sum(len(row.blocks) for row in output.streams[0])
+    assert written.count("rolled back:") == sum(row.retries for row in output.streams[0]) > 0
+    assert written.index("merged answer") > written.rindex("committed:")
+    assert record["merged"][0].startswith("## Farming\n") and "## Places\n" in record["merged"][0]
+    assert record["merged"][0].splitlines()[0] in written[written.index("merged answer") :]
+
+
+def test_a_file_of_requests_is_one_batch(recipe, model, tokenizer, tmp_path):
+    file = tmp_path / "requests.txt"
+    file.write_text("Describe Velmar.\n\nDescribe Tanmar in three parts.\n")
+    given = ["--prompt_file", str(file), "--plan", "planner", "--max_new_tokens", "5", "--temperature", "0"]
+    screen = console()
+    output = recipe.decode(model, tokenizer, arguments(recipe, *given, "--interventions", "swap"), screen)
+    assert [len(rows) for rows in output.streams] == [3, 3]
+    assert "prompt 1 stream 2 committed:" in screen.file.getvalue()
+    assert not output.trace.settings["do_sample"]
+
+
+@pytest.mark.parametrize("words", [[], ["--prompt", "a", "--prompt_file", "b"]])
+def test_one_source_of_requests(recipe, words):
+    with pytest.raises(ValueError, match="give exactly one of `prompt` and `prompt_file`"):
+        recipe.requests(arguments(recipe, *words))
+
+
+def test_the_recipe_runs_from_a_saved_folder(recipe, model, tokenizer, tmp_path, capsys):
+    model.save_pretrained(tmp_path, include_trunk=True)
+    tokenizer.save_pretrained(tmp_path)
+    words = ["--prompt", "Describe Velmar.", "--plan", "none", "--max_new_tokens", "4", "--threads"]
+    recipe.main(["--model", str(tmp_path), *words, str(torch.get_num_threads())])
+    assert "merged answer" in capsys.readouterr().out
+
+
+def test_the_view_has_a_column_per_stream_and_strikes_what_is_withdrawn(tokenizer):
+    screen = console(terminal=True)
+    first, second = tokenizer("barley grows")["input_ids"], tokenizer("a river")["input_ids"]
+    with LiveView(tokenizer, 1, 2, screen) as view:
+        view.put(0, 0, first[:1])
+        view.rollback(0, 1, first)
+        view.put(0, 0, first[1:])
+        view.put(0, 1, second)
+        view.end()
+    assert view.texts[0, 0].plain == "barley grows"
+    assert view.texts[0, 1].plain == "barley growsa river"
+    assert [str(span.style) for span in view.texts[0, 1].spans] == ["red strike"]
+    shown = screen.file.getvalue()
+    assert "stream 0" in shown and "stream 1" in shown and "1 block rewritten" in shown
+
+
+def test_the_documents_code_runs(model, tokenizer, monkeypatch):
+    text = (PATH.parents[1] / "docs/decoding.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    monkeypatch.setattr(PDTForParallelDecoding, "from_pretrained", lambda *args: model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args: tokenizer)
+    exec("\n".join(blocks), {})
