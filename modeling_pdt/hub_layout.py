@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, save_torch_state_dict
+from huggingface_hub import HfApi, hf_hub_download, save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
+from transformers import AutoModelForCausalLM
 
 from .configuration_adapter import PDTAdapterConfig
 from .configuration_pdt import PDTConfig
@@ -149,3 +150,29 @@ def check_adapter_state(loaded: dict[str, torch.Tensor], expected: dict[str, tor
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"the adapter in {where} does not fit this model: {shown}.")
+
+
+def load_trunk(
+    config: PDTConfig, source: str, hub_kwargs: dict[str, Any], trunk_kwargs: dict[str, Any]
+) -> torch.nn.Module:
+    """The trunk that `config.json` names, loaded with the caller's arguments; never with an explicit `None`."""
+    name = resolve_trunk_name(config, source)
+    arguments = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+    if name == TRUNK_SUBFOLDER and not os.path.isdir(name):
+        name, arguments["subfolder"] = source, TRUNK_SUBFOLDER
+        arguments.update({key: hub_kwargs[key] for key in ("revision",) if key in hub_kwargs})
+    elif config.trunk_revision is not None:
+        arguments["revision"] = config.trunk_revision
+    for key in ("_attn_implementation", "_experts_implementation"):
+        value = config.__dict__.get(f"{key}_internal")
+        if value is not None:
+            trunk_kwargs.setdefault(key.removeprefix("_"), value)
+    return AutoModelForCausalLM.from_pretrained(name, **arguments, **trunk_kwargs)
+
+
+def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+    """Uploads a saved model to `repo_id`, made if missing; returns the commit's address."""
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    message = kwargs.pop("commit_message", "Upload PDT adapters")
+    return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message, **kwargs))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
@@ -27,16 +26,28 @@ from .hub_layout import (
     TRUNK_SUBFOLDER,
     copy_code,
     load_adapter_weights,
+    load_trunk,
     portable_trunk_name,
     read_adapter_config,
-    resolve_trunk_name,
     save_adapter,
     save_trunk,
+    upload,
 )
 from .note_states import NoteStates
 from .outputs import ParallelGenerateOutput, PDTOutput
 from .rollout import Rollout, agreement_logits, coverage_logits, run_bus
 from .trunk_split import TapState
+
+# What the generation configuration takes over from the trunk's.
+TRUNK_GENERATION_FIELDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 
 
 class PDTForParallelDecoding(PreTrainedModel):
@@ -67,14 +78,9 @@ class PDTForParallelDecoding(PreTrainedModel):
         super().__init__(config)
         self.peft = peft
         config.attach_adapter(peft.active_peft_config)
-        self.generation_config = PDTGenerationConfig(
-            **{
-                key: value
-                for key, value in (self.trunk.generation_config.to_dict() if self.trunk.generation_config else {}).items()
-                if key in ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
-                and value is not None
-            }
-        )
+        trunk_choices = self.trunk.generation_config.to_dict() if self.trunk.generation_config else {}
+        kept = {key: trunk_choices.get(key) for key in TRUNK_GENERATION_FIELDS}
+        self.generation_config = PDTGenerationConfig(**{k: value for k, value in kept.items() if value is not None})
 
     @classmethod
     def from_trunk(
@@ -214,20 +220,13 @@ class PDTForParallelDecoding(PreTrainedModel):
             adapter_state = {key.removeprefix("peft."): value for key, value in state_dict.items()}
         save_adapter(self.peft, self.stack.active, folder / config.adapter_subfolder, adapter_state)
         if push_to_hub:
-            self._upload(folder, kwargs)
+            upload(folder, **kwargs)
 
     def push_to_hub(self, repo_id: str, include_trunk: bool = False, **kwargs: Any) -> str:
         """Saves to a temporary folder and uploads it to `repo_id`; returns the commit's address."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, include_trunk=include_trunk)
-            return self._upload(Path(folder), {"repo_id": repo_id, **kwargs})
-
-    @staticmethod
-    def _upload(folder: Path, kwargs: dict[str, Any]) -> str:
-        api = HfApi(token=kwargs.get("token"))
-        repo = api.create_repo(kwargs["repo_id"], private=kwargs.get("private"), exist_ok=True)
-        message = kwargs.get("commit_message", "Upload PDT adapters")
-        return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message))
+            return upload(Path(folder), repo_id=repo_id, **kwargs)
 
     @property
     def trunk(self) -> nn.Module:
@@ -313,20 +312,10 @@ class PDTForParallelDecoding(PreTrainedModel):
         if sum(part is not None for part in (notes, note_states, rollout)) > 1:
             raise ValueError("Give at most one of notes, note_states and rollout.")
         if tap is None:
-            if position_ids is None and attention_mask is not None and past_key_values is None:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            tap = self.stack.lower(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                layer_kwargs=kwargs,
-            )
+            tap = self._lower(input_ids, attention_mask, position_ids, past_key_values, kwargs)
         stream_ids = expand_stream_ids(stream_ids, tap.hidden)
         if notes is not None:
-            if notes_mask is None:
-                notes_mask = torch.ones(notes.shape[:2], dtype=torch.bool, device=notes.device)
-            note_states = self.project_notes(notes, restrict_to_streams(notes_mask, stream_ids), gate_scale)
+            note_states = self._window(notes, notes_mask, stream_ids, gate_scale)
         output = PDTOutput(tap=tap, past_key_values=past_key_values)
         if rollout is not None:
             note_states = self._run_rollout(tap, rollout, stream_ids, gate_scale, output)
@@ -341,10 +330,37 @@ class PDTForParallelDecoding(PreTrainedModel):
         if labels is not None:
             if logits_mask is not None:
                 raise ValueError("labels need the logits of every position; give no logits_mask.")
-            output.loss = nn.functional.cross_entropy(
-                output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(output.logits.device)
-            )
+            output.loss = shifted_cross_entropy(output.logits, labels)
         return output
+
+    def _lower(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        layer_kwargs: dict[str, Any],
+    ) -> TapState:
+        if position_ids is None and attention_mask is not None and past_key_values is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self.stack.lower(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            layer_kwargs=layer_kwargs,
+        )
+
+    def _window(
+        self,
+        notes: torch.Tensor,
+        notes_mask: torch.Tensor | None,
+        stream_ids: torch.Tensor | None,
+        gate_scale: float,
+    ) -> NoteStates:
+        if notes_mask is None:
+            notes_mask = torch.ones(notes.shape[:2], dtype=torch.bool, device=notes.device)
+        return self.project_notes(notes, restrict_to_streams(notes_mask, stream_ids), gate_scale)
 
     def _run_rollout(
         self,
@@ -382,17 +398,8 @@ class PDTForParallelDecoding(PreTrainedModel):
         return parallel_generate(self, input_ids, **kwargs)
 
 
-def load_trunk(config: PDTConfig, source: str, hub_kwargs: dict[str, Any], trunk_kwargs: dict[str, Any]) -> nn.Module:
-    """The trunk that `config.json` names, loaded with the caller's arguments; never with an explicit `None`."""
-    name = resolve_trunk_name(config, source)
-    arguments = {key: value for key, value in hub_kwargs.items() if key != "revision"}
-    if name == TRUNK_SUBFOLDER and not os.path.isdir(name):
-        name, arguments["subfolder"] = source, TRUNK_SUBFOLDER
-        arguments.update({key: hub_kwargs[key] for key in ("revision",) if key in hub_kwargs})
-    elif config.trunk_revision is not None:
-        arguments["revision"] = config.trunk_revision
-    for key in ("_attn_implementation", "_experts_implementation"):
-        value = config.__dict__.get(f"{key}_internal")
-        if value is not None:
-            trunk_kwargs.setdefault(key.removeprefix("_"), value)
-    return AutoModelForCausalLM.from_pretrained(name, **arguments, **trunk_kwargs)
+def shifted_cross_entropy(logits_RTV: torch.Tensor, labels_RT: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy over labels that are not -100; 0 where there is none."""
+    targets = labels_RT[:, 1:].flatten().to(logits_RTV.device)
+    total = nn.functional.cross_entropy(logits_RTV[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
