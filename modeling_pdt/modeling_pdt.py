@@ -39,15 +39,7 @@ from .rollout import Rollout, agreement_logits, coverage_logits, run_bus
 from .trunk_split import TapState
 
 # What the generation configuration takes over from the trunk's.
-TRUNK_GENERATION_FIELDS = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-)
+TRUNK_CHOICES = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
 
 
 class PDTForParallelDecoding(PreTrainedModel):
@@ -79,7 +71,7 @@ class PDTForParallelDecoding(PreTrainedModel):
         self.peft = peft
         config.attach_adapter(peft.active_peft_config)
         trunk_choices = self.trunk.generation_config.to_dict() if self.trunk.generation_config else {}
-        kept = {key: trunk_choices.get(key) for key in TRUNK_GENERATION_FIELDS}
+        kept = {key: trunk_choices.get(key) for key in TRUNK_CHOICES}
         self.generation_config = PDTGenerationConfig(**{k: value for k, value in kept.items() if value is not None})
 
     @classmethod

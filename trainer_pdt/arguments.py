@@ -74,6 +74,31 @@ class PDTTrainingArguments(TrainingArguments):
 
 
 @dataclass
+class ModelArguments:
+    """
+    The trunk, the block protocol and the machine; what shapes parameters belongs to `PDTAdapterConfig`.
+
+    Args:
+        trunk (`str`): Folder or Hub id of the trunk; a folder may be relative to the repository.
+        experts_implementation (`str`, *optional*): How the trunk's experts are computed.
+        block_size (`int`, *optional*, defaults to 12), bus_lag (`int`, *optional*, defaults to 1), bus_capacity
+            (`int`, *optional*, defaults to 16): Of the model's `PDTConfig`, which checks them.
+        threads (`int`, *optional*): CPU threads of a process; missing = torch's choice.
+    """
+
+    trunk: str = field(metadata={"help": "Folder or Hub id of the trunk; may be relative to the repository."})
+    experts_implementation: str | None = field(default=None, metadata={"help": "Of the trunk's experts."})
+    block_size: int = field(default=12, metadata={"help": "Tokens of a block."})
+    bus_lag: int = field(default=1, metadata={"help": "Rounds until siblings see a note."})
+    bus_capacity: int = field(default=16, metadata={"help": "Rounds that stay readable."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; default: torch's choice."})
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1)
+
+
+@dataclass
 class DataArguments:
     """
     Documents to train on: a published dataset, or procedural worlds made while training.

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 PARAMETER_GROUPS: dict[str, str] = {
-    "snc": "Shared-notes cross-attention with its gates and sinks.",
+    "snc": "Shared-notes cross-attention with its gates and sinks; the note norm that all producers share.",
     "stream_adapters": "Bottleneck adapters by stream id.",
     "writer": "Speculation head: writes a stream's notes from its own block.",
-    "encoder": "Notes encoder: makes notes and plan items from text; the shared note norm.",
+    "encoder": "Notes encoder: makes notes and plan items from text.",
     "planner": "Planner head and plan embedding.",
     "coverage": "Coverage head.",
     "agreement": "Agreement head.",

@@ -7,7 +7,7 @@ Without a chat template a row reads
     2. Places: nearby river; park flower
 
     ## Farming
-    The main crop is barley. ...<eos>
+    Here people name the main crop barley. ...<eos>
 
 With a chat template the request is the user's turn; outline, header and section are the assistant's. Every piece ends
 with a line break, so pieces may be tokenized one by one.

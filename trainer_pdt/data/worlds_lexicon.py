@@ -340,21 +340,23 @@ DOMAINS: tuple[Domain, ...] = (
 """Within a domain the twelve core cues have twelve different value types, so core documents never repeat a type."""
 
 OWN_FRAMES = (
-    "The {c} is {v}.",
-    "Here the {c} is {v}, as records show.",
-    "For years the {c} has been {v}.",
-    "The {c} remains {v}, and few object.",
+    "The {c} {v} comes first.",
+    "Here people name the {c} {v}.",
+    "For years they have kept the {c} {v}.",
+    "Records give the {c} {v}, and few object.",
 )
 REFERENCE_FRAMES = (
-    "All this recalls the {c}, {v}.",
-    "It goes well with the {c}, {v}, they say.",
-    "Guides compare it with the {c}, {v}.",
-    "The {c}, {v}, is never far away.",
+    "All this recalls the {c} {v}.",
+    "It goes well with the {c} {v}, they say.",
+    "Guides compare it with the {c} {v}.",
+    "The {c} {v} is never far away.",
 )
 OPENING_FRAMES = (
-    "Like the {c}, {v}, this is well known.",
-    "Beside the {c}, {v}, there is more to tell.",
+    "Like the {c} {v}, this is well known.",
+    "Beside the {c} {v} there is more to tell.",
 )
+"""In every frame the value follows the last word of the cue, so a trunk of a few layers can learn to copy it."""
+
 FILLERS = (
     "Nobody knows who started it.",
     "The work is slow but steady.",
@@ -363,10 +365,6 @@ FILLERS = (
     "Much has changed since then.",
     "It costs very little.",
 )
-LINKING_WORDS = ("is", "has been", "remains", ",")
-"""What stands between a cue and its value: verbs where the owner states it, a comma where a sibling repeats it."""
-
-MAX_VALUE_WORDS = 2
 
 
 def section_of(header: str) -> Section:

@@ -2,15 +2,11 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
-from .worlds_lexicon import CUES, LINKING_WORDS
-
-Form = Literal["statement", "apposition"]
+from .worlds_lexicon import CUES
 
 _CUE = "|".join(sorted((re.escape(name) for name in CUES), key=len, reverse=True))
-_LINK = "|".join(word if word == "," else " " + word for word in LINKING_WORDS)
-_PATTERN = re.compile(rf"\b(?P<cue>{_CUE})(?P<link>{_LINK})\s+(?P<value>[\w'-]+(?: [A-Z][\w'-]*)?)")
+_PATTERN = re.compile(rf"\b(?P<cue>{_CUE}) (?P<value>[\w'-]+(?: [A-Z][\w'-]*)?)")
 
 
 @dataclass(frozen=True)
@@ -18,29 +14,20 @@ class Mention:
     """A value found in a text.
 
     Args:
-        cue (`str`): Fact type.
+        cue (`str`): Fact type. Whether the mention is a statement or a reference depends on who owns it.
         value (`str`): The value as written, whether or not the worlds know it.
         start (`int`), end (`int`): Character range of the value, end exclusive.
-        form (`str`): ``"statement"`` after a verb (how owners write), ``"apposition"`` after a comma (how siblings
-            write). Whether a mention *is* a reference depends on who owns the cue, not on the form.
     """
 
     cue: str
     value: str
     start: int
     end: int
-    form: Form
 
 
 def parse_section(text: str) -> list[Mention]:
-    """Every value stated in `text`, in order: the one or two words that follow a cue and its linking words."""
+    """Every value stated in `text`, in order: the word after a cue, and the next one if it is capitalized."""
     return [
-        Mention(
-            cue=match["cue"],
-            value=match["value"],
-            start=match.start("value"),
-            end=match.end("value"),
-            form="apposition" if match["link"] == "," else "statement",
-        )
+        Mention(match["cue"], match["value"], match.start("value"), match.end("value"))
         for match in _PATTERN.finditer(text)
     ]
