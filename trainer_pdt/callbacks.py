@@ -1,0 +1,224 @@
+"""Carries the curriculum out: who learns at which step, what a stage begins with, and what a run writes down."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from modeling_pdt import PDTForParallelDecoding
+
+from .curriculum import PARAMETER_GROUPS, Curriculum
+from .telemetry import write_json, write_stage_history
+
+logger = logging.get_logger(__name__)
+
+TRAINING_REPORT_FILE = "training_report.json"
+
+_GROUP_OF_PART = {
+    "pdt_snc": "snc",
+    "note_norm": "snc",
+    "pdt_stream_adapters": "stream_adapters",
+    "writer": "writer",
+    "encoder": "encoder",
+    "item_encoder": "encoder",
+    "planner": "planner",
+    "coverage": "coverage",
+    "agreement": "agreement",
+    "stream": "stream",
+}
+
+
+def parameter_group(name: str) -> str:
+    """
+    The group of `PARAMETER_GROUPS` that a PDT parameter belongs to.
+
+    Args:
+        name (`str`): Full name, for example ``"...pdt_heads.default.writer.key.weight"``.
+    """
+    parts = name.split(".")
+    container = next((part for part in parts if part.startswith("pdt_")), None)
+    if container == "pdt_heads":
+        container = parts[parts.index(container) + 2]
+    if container not in _GROUP_OF_PART:
+        raise ValueError(f"{name} belongs to no parameter group, allowed: parts of {sorted(_GROUP_OF_PART)}.")
+    return _GROUP_OF_PART[container]
+
+
+def is_gate(name: str) -> bool:
+    """Whether a parameter is the gate logit of an SNC site."""
+    return name.endswith(".gate.logit")
+
+
+class _GradientMask:
+    """Gradient hook of one parameter: passes the gradient while its group learns, else zeros it."""
+
+    def __init__(self, multipliers: dict[str, float], group: str) -> None:
+        self.multipliers, self.group = multipliers, group
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return gradient if self.multipliers[self.group] > 0 else torch.zeros_like(gradient)
+
+
+class StageCallback(TrainerCallback):
+    """
+    Freezes and frees parameter groups by stage, without ever toggling `requires_grad`.
+
+    A frozen group has a learning rate of 0 and a masked gradient, so that it counts neither in clipping nor in the
+    optimizer's moments. Where a group becomes free, its optimizer state starts anew, and the agreement head starts
+    from the trained SNC. All of it is a function of the step, so a resumed run does the same as an uninterrupted one.
+
+    Args:
+        curriculum ([`Curriculum`]): The stages.
+        model (`PDTForParallelDecoding`): The model in training.
+    """
+
+    def __init__(self, curriculum: Curriculum, model: PDTForParallelDecoding) -> None:
+        self.curriculum, self.model = curriculum, model
+        self.multipliers = dict.fromkeys(PARAMETER_GROUPS, 1.0)
+        self.handles: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Registers the gradient masks."""
+        self._remove_hooks()
+        for name, parameter in self.model.pdt_parameters().items():
+            self.handles.append(parameter.register_hook(_GradientMask(self.multipliers, parameter_group(name))))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets this step's learning rates and masks."""
+        step, optimizer = state.global_step, kwargs["optimizer"]
+        stage = self.curriculum.stage_at(step)
+        if step in self.curriculum.starts:
+            self._begin_stage(step, optimizer)
+        self.multipliers.update({group: stage.multiplier(group) for group in PARAMETER_GROUPS})
+        for group, rate in zip(optimizer.param_groups, kwargs["lr_scheduler"].get_last_lr(), strict=True):
+            group["lr"] = rate * self.multipliers[group["pdt_group"]]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Saves where a stage ends and another begins."""
+        if args.save_strategy != "no" and state.global_step in self.curriculum.starts[1:]:
+            control.should_save = True
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Removes the gradient masks."""
+        self._remove_hooks()
+
+    def _begin_stage(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        stage = self.curriculum.stage_at(step)
+        earlier = self.curriculum.stages[: self.curriculum.index_at(step)]
+        freed = {group for group in stage.train if not earlier or group not in earlier[-1].train}
+        for group in optimizer.param_groups:
+            if group["pdt_group"] in freed:
+                for parameter in group["params"]:
+                    optimizer.state.pop(parameter, None)
+        if "agreement" in stage.train and not any("agreement" in before.train for before in earlier):
+            self.model.stack.heads.agreement.start_from(self.model.stack.snc[0])
+
+    def _remove_hooks(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+class ExpectedTimeCallback(TrainerCallback):
+    """Says after `steps` steps of each stage, warm-up excluded, how long the rest of the stage will take."""
+
+    def __init__(self, curriculum: Curriculum, steps: int = 5) -> None:
+        self.curriculum, self.steps = curriculum, steps
+        self.marks: dict[int, float] = {}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the times."""
+        step, now = state.global_step, time.monotonic()
+        index = self.curriculum.index_at(step - 1)
+        done = step - self.curriculum.starts[index]
+        if done == 2:
+            self.marks[index] = now
+        elif done == 2 + self.steps and index in self.marks and state.is_world_process_zero:
+            stage = self.curriculum.stages[index]
+            seconds = (now - self.marks[index]) / self.steps * (stage.until - step)
+            logger.warning(f"Stage {stage.name}: about {seconds / 60:.1f} min for {stage.until - step} more steps.")
+
+
+def gate_values(model: nn.Module) -> list[float]:
+    """Mean gate of every SNC site from the lowest up."""
+    return [float(torch.sigmoid(site.gate.logit.detach()).mean()) for site in model.stack.snc]
+
+
+class ReportCallback(TrainerCallback):
+    """
+    Writes `stage_history.json` and `training_report.json` beside the checkpoints, at every log and at the end.
+
+    Args:
+        curriculum ([`Curriculum`]): The stages.
+        model (`PDTForParallelDecoding`): The model in training.
+    """
+
+    def __init__(self, curriculum: Curriculum, model: PDTForParallelDecoding) -> None:
+        self.curriculum, self.model = curriculum, model
+        self.started = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the files anew."""
+        self.write(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the files for the last time."""
+        self.write(args, state)
+
+    def write(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Writes both files; main process only."""
+        if not state.is_world_process_zero:
+            return
+        step = state.global_step
+        records = []
+        for record in self.curriculum.history():
+            if record["start"] <= step:
+                losses = [
+                    entry
+                    for entry in state.log_history
+                    if "loss" in entry and record["start"] < entry["step"] <= record["until"]
+                ]
+                last = losses[-1] if losses else {}
+                records.append(
+                    {
+                        **record,
+                        "first_step": record["start"],
+                        "last_step": min(step, record["until"]),
+                        "last_log": last,
+                    }
+                )
+        seconds = time.monotonic() - self.started
+        report = {
+            "step": step,
+            "max_steps": self.curriculum.max_steps,
+            "seconds": round(seconds, 1),
+            "seconds_per_step": round(seconds / max(1, step - self.first_step), 4),
+            "gates": gate_values(self.model),
+            "logs": state.log_history,
+        }
+        write_stage_history(args.output_dir, records)
+        write_json(Path(args.output_dir) / TRAINING_REPORT_FILE, report)

@@ -1,0 +1,365 @@
+"""Documents as token ids: what depends on a tokenizer, but neither on the block protocol nor on a batch.
+
+A document gives two views of its sections. ``clean`` is the text as written; in ``corrupted`` some repeated facts
+carry another value, and those tokens are marked. Places are token indices of a section, so block size and lag stay
+free.
+"""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset, load_from_disk
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from modeling_pdt.plan import plan_bucket
+
+from .arguments import DataArguments
+from .data.publish import document_from_row
+from .data.schema import Document, Fact, Span, Stream
+from .data.worlds import WorldOptions, generate_document
+from .render import render_header, render_outline, render_request
+
+FACT_FORMAT = " The {cue} is {value}."
+"""How one fact of a note is written for the notes encoder."""
+
+VALUE_DOCUMENTS = 500
+"""Procedural documents from which values for contradictions are collected."""
+
+MAX_KNOWN_TEXTS = 50_000
+
+NEVER = -1
+"""Token index of something that no text states."""
+
+
+def collect_values(documents: Iterable[Document]) -> dict[str, tuple[str, ...]]:
+    """Values that documents state, by cue: the pool from which contradictions are planted."""
+    values: dict[str, set[str]] = {}
+    for document in documents:
+        for span in (span for stream in document.streams for span in stream.spans):
+            values.setdefault(span.cue, set()).add(span.value)
+    return {cue: tuple(sorted(found)) for cue, found in sorted(values.items())}
+
+
+def source_of(document: Document, stream: int, span: Span) -> tuple[int, int] | None:
+    """
+    Where a repeated value was first stated.
+
+    Args:
+        document ([`Document`]): The document as written.
+        stream (`int`), span ([`Span`]): A span of kind ``"sibling"`` and the stream that holds it.
+
+    Returns:
+        `tuple[int, int]`: Stream and number of the span; `None` if no sibling states it. A fact that the stream owns
+        but had to read is traced by its value.
+    """
+    for other in document.streams:
+        for number, candidate in enumerate(other.spans):
+            if span.owner != stream:
+                found = other.stream_id == span.owner and candidate.item_id == span.item_id
+            else:
+                found = other.stream_id != stream and candidate.kind == "own" and candidate.value == span.value
+            if found:
+                return other.stream_id, number
+    return None
+
+
+def plant_contradictions(
+    document: Document, values: Mapping[str, Sequence[str]], rate: float, rng: random.Random
+) -> tuple[Document, set[tuple[int, int]]]:
+    """
+    The document with some repeated facts replaced by another value of the same cue.
+
+    Args:
+        document ([`Document`]): The document as written.
+        values (`Mapping[str, Sequence[str]]`): Values by cue, from other documents.
+        rate (`float`): Share of repeated facts that are replaced; above 0 at least one is, if there is one.
+        rng (`random.Random`): Source of randomness.
+
+    Returns:
+        The new document, and (stream, number of the span) of every replaced value.
+    """
+    places = [
+        (stream.stream_id, number)
+        for stream in document.streams
+        for number, span in enumerate(stream.spans)
+        if span.kind == "sibling" and any(value != span.value for value in values.get(span.cue, ()))
+    ]
+    chosen = {place for place in places if rng.random() < rate}
+    if rate > 0 and places and not chosen:
+        chosen = {rng.choice(places)}
+    streams = []
+    for stream in document.streams:
+        replaced = {}
+        for number in sorted(number for index, number in chosen if index == stream.stream_id):
+            span = stream.spans[number]
+            replaced[number] = rng.choice([value for value in values[span.cue] if value != span.value])
+        streams.append(_replace_values(stream, replaced))
+    return replace(document, streams=tuple(streams)), chosen
+
+
+def _replace_values(stream: Stream, replaced: Mapping[int, str]) -> Stream:
+    text, spans, done = "", [], 0
+    for number, span in enumerate(stream.spans):
+        value = replaced.get(number, span.value)
+        text += stream.text[done : span.start]
+        spans.append(replace(span, start=len(text), end=len(text) + len(value), value=value))
+        text += value
+        done = span.end
+    return replace(stream, text=text + stream.text[done:], spans=tuple(spans))
+
+
+@dataclass
+class FeatureMaker:
+    """
+    Makes the features of one document; a callable for `datasets.map` as well as for a lazy dataset.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer (offsets are needed).
+        num_plan_slots (`int`), plan_vocab_size (`int`), plan_hash_salt (`str`): Of the model's configurations.
+        values (`Mapping[str, Sequence[str]]`, *optional*): Values by cue for contradictions, see [`collect_values`].
+        corruption_rate (`float`, *optional*, defaults to 0.5): Share of repeated facts that the corrupted view
+            replaces.
+        seed (`int`, *optional*, defaults to 0): Seed of contradictions and of the choice of noisy notes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    num_plan_slots: int
+    plan_vocab_size: int
+    plan_hash_salt: str
+    values: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    corruption_rate: float = 0.5
+    seed: int = 0
+    _known: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"tokenizer is a {type(self.tokenizer).__name__}, must be a fast one (with offsets).")
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer.eos_token_id is None, must be the token that ends a section.")
+
+    def __call__(self, document: Document | Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Features of a document, or of a dataset row that holds one.
+
+        Returns:
+            `dict` with `document_id`, `request_ids`, `outline_ids`, `header_ids` `[streams][*]`, `item_ids`
+            `[items][*]`, `item_streams` `[items]`, `plan_slots` `[num_plan_slots]` (0 = no item), and the views
+            `clean` and `corrupted`, see [`FeatureMaker.view`].
+        """
+        if not isinstance(document, Document):
+            document = document_from_row(document)
+        rng = random.Random(f"{self.seed}/{document.document_id}")
+        corrupted, planted = plant_contradictions(document, self.values, self.corruption_rate, rng)
+        variant = rng.random()
+        texts = [render_request(document.prompt, self.tokenizer), render_outline(document)]
+        texts += [render_header(stream.header) for stream in document.streams]
+        texts += [item.text for item in document.items]
+        ids = self._encode(texts)
+        streams = len(document.streams)
+        slots = [
+            plan_bucket(item.text, item.stream, self.plan_hash_salt, self.plan_vocab_size) for item in document.items
+        ][: self.num_plan_slots]
+        clean = self.view(document, document, set(), variant)
+        return {
+            "document_id": document.document_id,
+            "request_ids": ids[0],
+            "outline_ids": ids[1],
+            "header_ids": ids[2 : 2 + streams],
+            "item_ids": ids[2 + streams :],
+            "item_streams": [item.stream for item in document.items],
+            "plan_slots": slots + [0] * (self.num_plan_slots - len(slots)),
+            "clean": clean,
+            "corrupted": self.view(corrupted, document, planted, variant) if planted else clean,
+        }
+
+    def view(
+        self, document: Document, original: Document, planted: set[tuple[int, int]], variant: float
+    ) -> dict[str, list]:
+        """
+        Sections of one view.
+
+        Args:
+            document ([`Document`]): The text of this view.
+            original ([`Document`]): The text as written, which tells where repeated facts come from.
+            planted (`set[tuple[int, int]]`): Replaced values as (stream, number of the span).
+            variant (`float`): In 0..1, chooses among the noisy notes.
+
+        Returns:
+            `dict` of lists by stream: `section_ids` (with EOS), `reference` (number of the repeated fact that a token
+            belongs to, -1 for none), `own` (token of an own value), `planted` (token of a replaced value), per
+            repeated fact `source_stream`, `source_token` (last token of its first statement, -1 = never) and
+            `contradicts`, per fact of the true and noisy notes `fact_ids`, `fact_token`, `noisy_ids`, `noisy_token`;
+            and by plan item `item_token` (last token of the owner's statement, -1 = never).
+        """
+        encodings = self.tokenizer(
+            [stream.text for stream in document.streams], add_special_tokens=False, return_offsets_mapping=True
+        )
+        offsets = encodings["offset_mapping"]
+        ranges = [
+            [_token_range(offsets[stream.stream_id], span.start, span.end) for span in stream.spans]
+            for stream in document.streams
+        ]
+        view: dict[str, list] = {key: [] for key in ("section_ids", "reference", "own", "planted")}
+        for stream, ids in zip(document.streams, encodings["input_ids"], strict=True):
+            number = stream.stream_id
+            view["section_ids"].append([*ids, self.tokenizer.eos_token_id])
+            marks = _mark_tokens(len(ids) + 1, stream, ranges[number], {n for s, n in planted if s == number})
+            for key, values in marks.items():
+                view[key].append(values)
+        view |= _sources(document, original, ranges)
+        view["item_token"] = _item_tokens(document, ranges)
+        return view | self._notes(document, planted, offsets, variant)
+
+    def _notes(
+        self, document: Document, planted: set[tuple[int, int]], offsets: list, variant: float
+    ) -> dict[str, list]:
+        """Facts of true and noisy notes by stream, with the token that ends their evidence."""
+        chosen: dict[str, list[Sequence[Fact]]] = {"fact": [], "noisy": []}
+        for stream in document.streams:
+            facts = [
+                Fact("", span.cue, span.value, span.start, span.end)
+                for place, span in enumerate(stream.spans)
+                if (stream.stream_id, place) not in planted
+            ]
+            noisy: Sequence[Fact] = facts
+            if stream.noisy_notes and not any(index == stream.stream_id for index, _ in planted):
+                noisy = stream.noisy_notes[int(variant * len(stream.noisy_notes))].facts
+            chosen["fact"].append(facts)
+            chosen["noisy"].append(noisy)
+        flat = [fact for streams in chosen.values() for facts in streams for fact in facts]
+        ids = iter(self._encode([FACT_FORMAT.format(cue=fact.predicate, value=fact.object) for fact in flat]))
+        notes: dict[str, list] = {}
+        for name, streams in chosen.items():
+            notes[f"{name}_ids"] = [[next(ids) for _ in facts] for facts in streams]
+            notes[f"{name}_token"] = [
+                [_token_range(ends, fact.start, fact.end)[1] - 1 for fact in facts]
+                for facts, ends in zip(streams, offsets, strict=True)
+            ]
+        return notes
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of short texts; headers, plan items and facts recur, so they are remembered."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._known))
+        if new:
+            if len(self._known) > MAX_KNOWN_TEXTS:
+                self._known.clear()
+                new = list(dict.fromkeys(texts))
+            self._known.update(zip(new, self.tokenizer(new, add_special_tokens=False)["input_ids"], strict=True))
+        return [self._known[text] for text in texts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it remembers, so that `datasets` sees the same maker before and after its use."""
+        return {**self.__dict__, "_known": {}}
+
+
+def _token_range(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """First token and the one after the last that overlap characters `start..end`; an empty range is token 0."""
+    inside = [index for index, (a, b) in enumerate(offsets) if a < end and b > start]
+    return (inside[0], inside[-1] + 1) if inside else (0, 1)
+
+
+def _mark_tokens(length: int, stream: Stream, ranges: list[tuple[int, int]], planted: set[int]) -> dict[str, list]:
+    reference, own, replaced = [-1] * length, [False] * length, [False] * length
+    count = 0
+    for number, (span, (start, end)) in enumerate(zip(stream.spans, ranges, strict=True)):
+        for token in range(start, end):
+            own[token] = span.kind == "own"
+            reference[token] = count if span.kind == "sibling" else -1
+            replaced[token] = number in planted
+        count += span.kind == "sibling"
+    return {"reference": reference, "own": own, "planted": replaced}
+
+
+def _sources(document: Document, original: Document, ranges: list[list[tuple[int, int]]]) -> dict[str, list]:
+    sources: dict[str, list] = {"source_stream": [], "source_token": [], "contradicts": []}
+    for stream in document.streams:
+        found = [
+            (number, source_of(original, stream.stream_id, original.streams[stream.stream_id].spans[number]))
+            for number, span in enumerate(stream.spans)
+            if span.kind == "sibling"
+        ]
+        sources["source_stream"].append([place[0] if place else -1 for _, place in found])
+        sources["source_token"].append([ranges[place[0]][place[1]][1] - 1 if place else NEVER for _, place in found])
+        sources["contradicts"].append(
+            [
+                place is not None and document.streams[place[0]].spans[place[1]].value != stream.spans[number].value
+                for number, place in found
+            ]
+        )
+    return sources
+
+
+def _item_tokens(document: Document, ranges: list[list[tuple[int, int]]]) -> list[int]:
+    stated: dict[str, int] = {}
+    for stream in document.streams:
+        for span, (_, end) in zip(stream.spans, ranges[stream.stream_id], strict=True):
+            if span.owner == stream.stream_id:
+                stated.setdefault(span.item_id, end - 1)
+    return [stated.get(item.item_id, NEVER) for item in document.items]
+
+
+def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[Any, Any]:
+    """
+    Training and validation features: of a published dataset, or of procedural worlds made while training.
+
+    Args:
+        data ([`DataArguments`]): Where documents come from, and how many.
+        maker ([`FeatureMaker`]): Makes the features; its pool of values is filled here.
+        seed (`int`): Seed of the worlds.
+    """
+    if data.dataset_path is None:
+        options = WorldOptions(data.document_streams, seed=seed)
+        kinds = (False, True) if data.hard_fraction else (False,)
+        pool = (
+            generate_document("train", index, replace(options, hard=hard), with_notes=False)
+            for hard in kinds
+            for index in range(VALUE_DOCUMENTS)
+        )
+        maker.values = collect_values(pool)
+        train = WorldFeatures("train", data.train_documents, maker, options, data.hard_fraction)
+        return train, WorldFeatures("validation", data.eval_documents, maker, options, data.hard_fraction)
+    splits = load_from_disk(data.dataset_path) if Path(data.dataset_path).is_dir() else load_dataset(data.dataset_path)
+    counts = {"train": data.train_documents, "validation": data.eval_documents}
+    missing = sorted(counts.keys() - splits.keys())
+    if missing:
+        raise ValueError(f"dataset_path={data.dataset_path!r} lacks the splits {missing}, it has {sorted(splits)}.")
+    parts = [splits[name].select(range(min(count, len(splits[name])))) for name, count in counts.items()]
+    maker.values = collect_values(document_from_row(row) for row in parts[0])
+    return tuple(part.map(maker, remove_columns=part.column_names) for part in parts)
+
+
+class WorldFeatures(Dataset):
+    """
+    Features of procedural documents, made when they are asked for: item `i` is document `i` of a split.
+
+    Args:
+        split (`str`): ``"train"``, ``"validation"`` or ``"test"``.
+        count (`int`): Number of documents.
+        features ([`FeatureMaker`]): Makes the features.
+        options ([`WorldOptions`]): Kind of the core documents; its `hard` is overruled by `hard_fraction`.
+        hard_fraction (`float`, *optional*, defaults to 0.0): Share of documents with several facts of one type, spread
+            evenly.
+    """
+
+    def __init__(
+        self, split: str, count: int, features: FeatureMaker, options: WorldOptions, hard_fraction: float = 0.0
+    ) -> None:
+        self.split, self.count, self.features = split, count, features
+        self.options, self.hard_fraction = options, hard_fraction
+
+    def __len__(self) -> int:
+        return self.count
+
+    def document(self, index: int) -> Document:
+        """The document behind item `index`."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"index is {index}, must be 0 to {self.count - 1}.")
+        hard = int((index + 1) * self.hard_fraction) > int(index * self.hard_fraction)
+        return generate_document(self.split, index, replace(self.options, hard=hard))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.features(self.document(index))

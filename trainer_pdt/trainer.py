@@ -1,0 +1,259 @@
+"""PDTTrainer: trains the adapters of a [`PDTForParallelDecoding`] by stages; the trunk never gets a gradient."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from modeling_pdt import PDTForParallelDecoding, PDTOutput
+from modeling_pdt.hub_layout import load_adapter_weights
+
+from .arguments import PDTTrainingArguments
+from .branches import loss_parts, run_branches
+from .callbacks import ReportCallback, StageCallback, is_gate, parameter_group
+from .collator import PDTDataCollator
+from .curriculum import PARAMETER_GROUPS, Curriculum
+from .evaluation_pass import TeacherForcedMetrics
+from .losses import LossReport, weighted_total
+from .noise import NoiseDraw, draw_noise
+from .telemetry import write_json
+
+COMPLETE_FILE = "complete.json"
+"""Last file of a checkpoint; a folder without it is not one."""
+
+TRUNK_FIELDS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def step_generator(seed: int, step: int, micro_step: int, process: int) -> torch.Generator:
+    """Randomness of one micro-batch, a function of its place in training, so that a resumed run draws the same."""
+    mixed = ((seed * 1_000_003 + step) * 1009 + micro_step) * 65_537 + process
+    return torch.Generator().manual_seed(mixed % (1 << 63))
+
+
+class PDTTrainer(Trainer):
+    """
+    `Trainer` for PDT adapters. A batch counts documents; all rows of a document stay in one batch.
+
+    Args:
+        model (`PDTForParallelDecoding`): Made with `from_trunk`, or loaded with `is_trainable=True`.
+        args ([`PDTTrainingArguments`]): With `max_steps`.
+        curriculum ([`Curriculum`]): Stages up to `max_steps`.
+        data_collator ([`PDTDataCollator`], *optional*): Made from the model's configuration and `processing_class`
+            when missing; the views that the stages need are switched on.
+        kwargs: Of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: PDTForParallelDecoding,
+        args: PDTTrainingArguments,
+        curriculum: Curriculum,
+        data_collator: PDTDataCollator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if curriculum.max_steps != args.max_steps:
+            raise ValueError(f"max_steps={args.max_steps}, allowed: that of the curriculum = {curriculum.max_steps}.")
+        frozen = [name for name, parameter in model.pdt_parameters().items() if not parameter.requires_grad]
+        if frozen:
+            raise ValueError(f"{frozen[0]} is frozen, allowed: all PDT parameters trainable (is_trainable=True).")
+        if data_collator is None:
+            data_collator = PDTDataCollator.from_config(model.config, kwargs["processing_class"])
+        data_collator.with_corrupted |= any(stage.data == "corrupted" for stage in curriculum.stages)
+        data_collator.with_text_teacher |= args.teacher_kind == "text" and any(
+            stage.is_active("kd") for stage in curriculum.stages
+        )
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        self.curriculum = curriculum
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self.add_callback(StageCallback(curriculum, model))
+        self.add_callback(ReportCallback(curriculum, model))
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._micro = (-1, 0)
+        self._staging: str | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, PDTOutput]:
+        """Weighted total of the stage's losses on one batch of documents."""
+        stage = self.curriculum.stage_at(self.state.global_step)
+        view = inputs["corrupted"] if stage.data == "corrupted" else inputs
+        generator = self._generator()
+        noise = self._draw(view, generator)
+        branches = run_branches(model, view, stage, noise, self.args, self.model.config, generator)
+        report = weighted_total(loss_parts(branches, view, stage, self.args), stage.losses)
+        self._record(report)
+        total = report.total + self._anchor(branches.student)
+        return (total, branches.student) if return_outputs else total
+
+    def _anchor(self, student: PDTOutput) -> Tensor:
+        """
+        Zero, with every PDT parameter in its graph, for stages whose losses leave some out (DDP needs them all).
+
+        Sharded parameters can only be used inside `forward`, where the logits carry the same anchor.
+        """
+        parameters = list(self.model.pdt_parameters().values())
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):
+            return 0.0 * student.logits.sum()
+        return 0.0 * torch.stack([parameter.sum() for parameter in parameters]).sum()
+
+    def _generator(self) -> torch.Generator:
+        step, micro = self._micro
+        micro = micro + 1 if step == self.state.global_step else 0
+        self._micro = (self.state.global_step, micro)
+        return step_generator(self.args.seed, self.state.global_step, micro, self.args.process_index)
+
+    def _draw(self, view: Mapping[str, Tensor], generator: torch.Generator) -> NoiseDraw:
+        stage = self.curriculum.stage_at(self.state.global_step)
+        documents, (rows, rounds) = view["item_ids"].shape[0], view["block_exists"].shape
+        return draw_noise(stage, documents, rows // documents, rounds, self.model.config.bus_lag, generator)
+
+    def _record(self, report: LossReport) -> None:
+        for name, part in report.parts.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(part)) + part
+        self._count += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every loss part since the last log, over all processes, as `loss_<name>`."""
+        if "loss" in logs and self._count:
+            logs["stage"] = self.curriculum.index_at(max(0, self.state.global_step - 1))
+            for name, total in self._sums.items():
+                logs[f"loss_{name}"] = float(self.accelerator.reduce(total / self._count, "mean"))
+            self._sums, self._count = {}, 0
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Param groups by component (`pdt_group`), gates apart with their own rate; no decay on vectors and gates."""
+        if self.optimizer is None:
+            groups: dict[tuple, list[nn.Parameter]] = {}
+            for name, parameter in self.model.pdt_parameters().items():
+                decays = parameter.dim() > 1 and not is_gate(name)
+                groups.setdefault((parameter_group(name), is_gate(name), decays), []).append(parameter)
+            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rate = self.args.learning_rate
+            self.optimizer = optimizer_cls(
+                [
+                    {
+                        "params": groups[key],
+                        "pdt_group": key[0],
+                        "lr": rate * self.args.gate_lr_scale if key[1] else rate,
+                        "weight_decay": self.args.weight_decay if key[2] else 0.0,
+                    }
+                    for key in sorted(groups)
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Teacher-forced metrics on held-out documents, see [`TeacherForcedMetrics`]; nothing is generated."""
+        self.model.eval()
+        metrics, count = TeacherForcedMetrics(self.model), 0
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                metrics.add(inputs)
+            count += inputs["item_ids"].shape[0]
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        results = metrics.compute(lambda sums: self.accelerator.reduce(sums, "sum"))
+        results = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=results, num_samples=count)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the PDT parameters and configurations; under ZeRO-3 they are gathered first, the trunk never is."""
+        parameters = self.model.pdt_parameters()
+        gather = nullcontext()
+        if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+            import deepspeed
+
+            gather = deepspeed.zero.GatheredParameters(list(parameters.values()))
+        with gather:
+            self._save(output_dir, {f"peft.{name}": p.detach().cpu().clone() for name, p in parameters.items()})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        adapter_config = self.model.peft.active_peft_config
+        trained = {*adapter_config.trained_parts, *self.trained_groups()}
+        adapter_config.trained_parts = [group for group in PARAMETER_GROUPS if group in trained]
+        # `Trainer` writes fields of a plain causal LM into the configuration, which does not own them.
+        for name in TRUNK_FIELDS:
+            vars(self.model.config).pop(name, None)
+        super()._save(output_dir, state_dict)
+
+    def trained_groups(self) -> list[str]:
+        """Parameter groups that have learnt in at least one finished step."""
+        stages = zip(self.curriculum.starts, self.curriculum.stages, strict=True)
+        seen = {group for start, stage in stages if start < self.state.global_step for group in stage.train}
+        return [group for group in PARAMETER_GROUPS if group in seen]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else self._staging
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint beside its place, marks it complete, and moves it there in one step."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = run_dir / f".saving-{name}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_json(staging / name / COMPLETE_FILE, {"step": self.state.global_step})
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(staging / name, run_dir / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            self._rotate(run_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self, run_dir: Path) -> None:
+        """Deletes old checkpoints over `save_total_limit`; those at a stage's start are kept and not counted."""
+        starts = [run_dir / f"checkpoint-{step}" for step in self.curriculum.starts]
+        kept = [(path, path.with_name(f"stage-{path.name}")) for path in starts if path.is_dir()]
+        for path, hidden in kept:
+            os.replace(path, hidden)
+        try:
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+        finally:
+            for path, hidden in kept:
+                os.replace(hidden, path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not (Path(resume_from_checkpoint) / COMPLETE_FILE).is_file():
+            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r} is not a complete checkpoint.")
+        self._load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_adapter(self.state.best_model_checkpoint)
+
+    def _load_adapter(self, folder: str) -> None:
+        config = self.model.config
+        load_adapter_weights(self.model.peft, self.model.stack.active, folder, config.adapter_subfolder, {})
