@@ -48,6 +48,7 @@ class Settings:
     retry_policy: str
     agreement_threshold: float | None
     gate_scale: float
+    coverage_threshold: float
     max_new_tokens: int
     do_sample: bool
     seed: int
@@ -141,6 +142,7 @@ def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, 
         retry_policy=config.retry_policy,
         agreement_threshold=threshold,
         gate_scale=config.gate_scale,
+        coverage_threshold=config.coverage_threshold,
         max_new_tokens=config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
         do_sample=bool(config.do_sample),
         seed=seed,

@@ -57,6 +57,7 @@ class StreamResult:
         token_ids (`list[int]`): The section's committed tokens, EOS included when it was met.
         blocks (`list[tuple[int, int]]`): Token range of each committed block.
         coverage (`dict[int, float]`): Probability per plan item index that the section covers it.
+        covered (`tuple[int, ...]`): Items whose probability reaches `coverage_threshold`.
         retries (`int`): Blocks that were withdrawn and written again.
         finished (`bool`): Whether the section ended with EOS (otherwise by the length limit).
     """
@@ -65,6 +66,7 @@ class StreamResult:
     token_ids: list[int]
     blocks: list[tuple[int, int]]
     coverage: dict[int, float]
+    covered: tuple[int, ...]
     retries: int
     finished: bool
 
@@ -146,6 +148,7 @@ def collect_output(streams: Any, settings: Any, trace: DecodingTrace) -> Paralle
                 token_ids=section.tokens,
                 blocks=section.blocks,
                 coverage=section.coverage,
+                covered=tuple(i for i, p in section.coverage.items() if p >= settings.coverage_threshold),
                 retries=section.retries,
                 finished=section.finished,
             )

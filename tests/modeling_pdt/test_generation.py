@@ -328,3 +328,26 @@ def test_swap_reads_the_other_prompts_streams(model):
 
 def test_stale_notes_are_a_longer_lag(model):
     assert torch.allclose(logits_of(model, interventions=[Stale(1)]), logits_of(model, bus_lag=2), atol=1e-6)
+
+
+def test_coverage_threshold_decides_what_counts_as_covered(model):
+    class Words:
+        def __call__(self, text, add_special_tokens=False):
+            return {"input_ids": [2 + len(text) % 50, 3]}
+
+    plan = [{"text": "a" * k, "stream": k % 3} for k in range(1, 5)]
+    low, high = (
+        model.generate(
+            torch.randint(2, 60, (1, 6)),
+            tokenizer=Words(),
+            plan_texts=plan,
+            coverage_threshold=threshold,
+            do_sample=False,
+            max_new_tokens=8,
+            return_dict_in_generate=True,
+        )
+        for threshold in (0.0, 1.0)
+    )
+    for stream, (all_items, none) in enumerate(zip(low.streams[0], high.streams[0], strict=True)):
+        assert set(all_items.covered) == {k for k in range(4) if plan[k]["stream"] == stream}
+        assert none.covered == ()
