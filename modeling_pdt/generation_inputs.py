@@ -20,6 +20,7 @@ from .sampling import row_processors
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
+SECTION_SEPARATOR = "\n\n"
 # Fields of `GenerationConfig` that parallel decoding does not have, and the values that ask for nothing.
 RESTRICTED = {
     "num_beams": (None, 1),
@@ -70,6 +71,7 @@ class Inputs:
         processors, criteria: Logits processors of every row, and the caller's stopping criteria.
         interventions (`tuple[Intervention]`): In the order given.
         plan_source (`str`, *optional*): Where the plan came from.
+        separator (`list[int]`): Tokens between the sections of a merged answer; none without a tokenizer.
     """
 
     prompts: list[list[int]]
@@ -82,6 +84,7 @@ class Inputs:
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     interventions: tuple[Intervention, ...] = ()
     plan_source: str | None = None
+    separator: list[int] = field(default_factory=list)
 
 
 def merge_generation_config(
@@ -368,6 +371,8 @@ def prepare_inputs(
         model, config, starts, settings.max_new_tokens, logits_processor, stopping_criteria, tokenizer
     )
     inputs = Inputs(prompts, header_ids, entries, processors=processors, criteria=criteria, plan_source=source)
+    if tokenizer is not None:
+        inputs.separator = tokenize("separator", tokenizer, [SECTION_SEPARATOR])[0]
     inputs.interventions = check_interventions(interventions, len(prompts))
     parts = []
     if any(entries):

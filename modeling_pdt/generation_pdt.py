@@ -141,7 +141,9 @@ class ParallelDecoder:
             self._step()
         self.streamer.end()
         self.trace.timings["total_s"] = time.perf_counter() - started
-        return collect_output(streams=self.streams, settings=self.settings, trace=self.trace)
+        return collect_output(
+            streams=self.streams, settings=self.settings, trace=self.trace, separator=self.inputs.separator
+        )
 
     def _trace_plan(self) -> None:
         for prompt, entries in enumerate(self.inputs.entries):

@@ -118,7 +118,8 @@ class ParallelGenerateOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `[prompts * streams, T]`): Prompt, header and section of every row,
             left-padded, padded after EOS; rows of one prompt are adjacent.
         streams (`list[list[StreamResult]]`): Per prompt, per stream.
-        merged (`list[torch.LongTensor]`): Per prompt, headers and sections in plan order, without EOS.
+        merged (`list[torch.LongTensor]`): Per prompt, headers and sections in plan order, without EOS,
+            with an empty line between them where a tokenizer was given.
         trace (`DecodingTrace`): What happened.
     """
 
@@ -128,7 +129,7 @@ class ParallelGenerateOutput(ModelOutput):
     trace: DecodingTrace | None = None
 
 
-def collect_output(streams: Any, settings: Any, trace: DecodingTrace) -> ParallelGenerateOutput:
+def collect_output(streams: Any, settings: Any, trace: DecodingTrace, separator: list[int]) -> ParallelGenerateOutput:
     """
     The result of a finished call.
 
@@ -136,6 +137,7 @@ def collect_output(streams: Any, settings: Any, trace: DecodingTrace) -> Paralle
         streams (`StreamBatch`): Prompts and sections.
         settings (`Settings`): Choices of the call.
         trace (`DecodingTrace`): What happened.
+        separator (`list[int]`): Tokens between the sections of a merged answer.
     """
     results: list[list[StreamResult]] = [[] for _ in streams.prompts]
     merged: list[list[int]] = [[] for _ in streams.prompts]
@@ -153,6 +155,7 @@ def collect_output(streams: Any, settings: Any, trace: DecodingTrace) -> Paralle
                 finished=section.finished,
             )
         )
+        merged[prompt] += separator if merged[prompt] else []
         merged[prompt] += section.header + [token for token in section.tokens if token not in settings.eos_ids]
         rows.append((streams.prompts[prompt] + section.header, section.tokens))
     left = max(len(start) for start, _ in rows)

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 from modeling_pdt import PDTForParallelDecoding
 from trainer_pdt.evaluation.bars import check_bars
-from trainer_pdt.evaluation.report import write_report
+from trainer_pdt.evaluation.report import read_training, write_report
 from trainer_pdt.evaluation.suite import Evaluation, EvaluationArguments
 from trainer_pdt.parser import RecipeParser
-from trainer_pdt.telemetry import command_line, read_json, write_json
+from trainer_pdt.telemetry import command_line, write_json
 
 SECTIONS = ("recall", "coverage", "agreement", "rollback", "text", "speed", "examples")
 KEYS = {"text": "text_ce"}
@@ -42,7 +42,7 @@ def main(args: list[str] | None = None) -> dict:
             "threads": arguments.threads,
         }
     }
-    training = read_json(Path(arguments.training_report)) if arguments.training_report else None
+    training = read_training(arguments.training_report) if arguments.training_report else None
     if training is not None:
         report["settings"]["training"] = training.get("training", {})
     for section in SECTIONS:

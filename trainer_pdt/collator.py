@@ -187,8 +187,8 @@ class PDTDataCollator:
         for row, (document, view, stream) in enumerate(rows):
             exists[row, : -(-len(view["section_ids"][stream]) // size)] = True
             for token, number in enumerate(view["reference"][stream]):
-                source = view["source_token"][stream][number] // size
-                if number >= 0 and source >= 0 and token // size - self.bus_capacity < source <= token // size:
+                source = view["source_token"][stream][number] // size if number >= 0 else NO_SOURCE
+                if source >= 0 and token // size - self.bus_capacity < source <= token // size:
                     judgeable[row, token // size] = True
                     contradicts[row, token // size] |= view["contradicts"][stream][number]
             for item, (owner, token) in enumerate(zip(document["item_streams"], view["item_token"], strict=True)):

@@ -2,15 +2,16 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput
@@ -157,6 +158,39 @@ class PDTTrainer(Trainer):
                 **options,
             )
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Every stage runs the schedule of `lr_scheduler_type`, warm-up included, over its own steps."""
+        if self.lr_scheduler is None:
+            starts = self.curriculum.starts
+            shapes = [
+                self._shape(stage.until - start) for start, stage in zip(starts, self.curriculum.stages, strict=True)
+            ]
+
+            def factor(step: int) -> float:
+                index = self.curriculum.index_at(min(step, self.curriculum.max_steps))
+                return shapes[index](step - starts[index])
+
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _shape(self, steps: int) -> Callable[[int], float]:
+        """Factor of the learning rate by step of a stage of `steps` steps."""
+        scheduler = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=min(self.args.get_warmup_steps(steps), steps - 1),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type.value}, allowed: one that is a function of the step."
+            )
+        return scheduler.lr_lambdas[0]
 
     def evaluation_loop(
         self,

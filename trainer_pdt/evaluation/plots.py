@@ -196,7 +196,7 @@ def plot_agreement(evaluation: Mapping[str, Any], path: Path) -> Path | None:
         ("notes zeroed", agreement.get("zeroed_notes"), RED, "D"),
         ("'block holds a reference'", controls.get("reference_present"), RED, "D"),
         ("log p(no bus) - log p(notes)", controls.get("logp_gap"), RED, "D"),
-        ("the last, own text", controls.get("logp_gap_generated"), RED, "D"),
+        ("same on own text", controls.get("logp_gap_generated"), RED, "D"),
     ]
     areas = [area for area in areas if measure(area[1]) is not None]
     if not areas and not any(line[0] for line in lines):

@@ -54,6 +54,9 @@ def write_report(evaluation: Mapping[str, Any], training: Mapping[str, Any] | No
     """
     folder = Path(folder)
     plots = folder / PLOTS_FOLDER
+    if training is not None and not part(evaluation, "settings", "training"):
+        settings = {**part(evaluation, "settings"), "training": part(training, "training")}
+        evaluation = {**evaluation, "settings": settings}
     figures = {
         "recall": plot_recall(evaluation, plots / "recall.png"),
         "agreement": plot_agreement(evaluation, plots / "agreement.png"),

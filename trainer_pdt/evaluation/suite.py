@@ -294,7 +294,14 @@ class Evaluation:
                 )
             ]
             references = [
-                {"stream": r.stream, "cue": r.cue, "value": r.value, "timing": r.timing, "consistent": r.consistent}
+                {
+                    "stream": r.stream,
+                    "start": r.start,
+                    "cue": r.cue,
+                    "value": r.value,
+                    "timing": r.timing,
+                    "consistent": r.consistent,
+                }
                 for r in self.counts[mode][index].references
             ]
             examples.append(

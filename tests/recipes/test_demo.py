@@ -1,0 +1,149 @@
+"""recipes/demo.py: what it runs, what it keeps, what it refuses; and the whole chain with tiny numbers."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer_pdt.parser import RecipeParser, load_yaml
+from trainer_pdt.telemetry import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+TRUNK = ROOT / "recipes/tiny/trunk/model.safetensors"
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """The script as a module, in an empty repository with a recipe and a trunk; commands are recorded, not run."""
+    spec = importlib.util.spec_from_file_location("demo_recipe", ROOT / "recipes/demo.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "demo_recipe", module)
+    spec.loader.exec_module(module)
+    (tmp_path / "trunk").mkdir()
+    (tmp_path / "trunk/model.safetensors").touch()
+    write_json(tmp_path / "train.yaml", {"trunk": "trunk", "max_steps": 3})
+    config = {"demo_folder": "build/demo", "train_config": "train.yaml", "decode_prompts": ["One.", "It's two."]}
+    write_json(tmp_path / "recipes/tiny/demo.yaml", {**config, "expected_minutes": {"train": 2.5, "report": 0.5}})
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    module.ran, module.fails = [], ()
+
+    def run(command, cwd, env, check):
+        assert cwd == tmp_path and env["OMP_NUM_THREADS"] == "2"
+        module.ran.append(command)
+        return subprocess.CompletedProcess(command, 3 if any(word in command for word in module.fails) else 0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    return module
+
+
+def start(demo, monkeypatch, *words):
+    demo.ran.clear()
+    monkeypatch.setattr(sys, "argv", ["demo.py", *words])
+    demo.main()
+    return [
+        next(word for word in command if word.startswith(("recipes/", "trainer")) and "yaml" not in word)
+        for command in demo.ran
+    ]
+
+
+ALL = ["recipes/train.py", "recipes/evaluate.py", *["recipes/decode.py"] * 2, "trainer_pdt.evaluation.report"]
+
+
+def test_parts_run_in_order_and_say_so(demo, monkeypatch, capsys, tmp_path):
+    assert start(demo, monkeypatch) == ALL
+    text = capsys.readouterr().out
+    assert text.index("expected in all: 3 minutes on 2 cores") < text.index("demo: train: python -m accelerate")
+    assert "--prompt 'It'\"'\"'s two.'" in text and "open build/demo/index.html" in text
+    assert read_json(tmp_path / "build/demo/train_overrides.json") == {"output_dir": "build/demo/model", "threads": 2}
+    assert list(read_json(tmp_path / "build/demo/demo.json")["parts"]) == ["train", "evaluate", "decode", "report"]
+
+
+def test_resume_keeps_finished_parts_and_repeats_what_follows_a_change(demo, monkeypatch, capsys):
+    demo.fails = ("recipes/evaluate.py",)
+    with pytest.raises(SystemExit, match="add --resume"):
+        start(demo, monkeypatch)
+    assert "demo: evaluate failed with exit status 3: python recipes/evaluate.py" in capsys.readouterr().err
+    demo.fails = ()
+    assert start(demo, monkeypatch, "--resume") == ALL[1:]
+    assert start(demo, monkeypatch, "--resume") == []
+    changed = json.dumps({"seed": 5})
+    assert start(demo, monkeypatch, "--resume", "--decode_options", changed) == ALL[2:]
+    assert start(demo, monkeypatch) == ALL
+
+
+def test_resume_refuses_other_training_settings(demo, monkeypatch, tmp_path):
+    start(demo, monkeypatch)
+    with pytest.raises(SystemExit, match="was made with other settings"):
+        start(demo, monkeypatch, "--resume", "--train_options", json.dumps({"max_steps": 4}))
+    assert (tmp_path / "build/demo/demo.json").is_file()
+
+
+def test_foreign_folder_is_left_alone(demo, monkeypatch, tmp_path):
+    (tmp_path / "build/demo").mkdir(parents=True)
+    (tmp_path / "build/demo/thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="build/demo holds other files"):
+        start(demo, monkeypatch)
+    assert (tmp_path / "build/demo/thesis.txt").read_text() == "mine"
+
+
+def test_missing_trunk_says_how_to_make_it(demo, monkeypatch, tmp_path):
+    (tmp_path / "trunk/model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="no trunk in trunk; `make trunk` trains it"):
+        start(demo, monkeypatch)
+    assert not (tmp_path / "build").exists()
+
+
+def test_words_of_options(demo):
+    options = {"plan": "trunk", "names": ["a", "b"], "rate": 0.5, "on": True, "stages": [{"until": 3}]}
+    assert demo.as_words(options) == [
+        *("--plan", "trunk", "--names", "a", "b", "--rate", "0.5", "--on", "true", "--stages", '{"until": 3}'),
+    ]
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "smoke.yaml"])
+def test_shipped_recipes_fill_the_arguments(demo, name):
+    (arguments,) = RecipeParser(demo.DemoArguments).parse(["--config", str(ROOT / "recipes/tiny" / name)])
+    assert set(arguments.expected_minutes) == set(demo.SAYS)
+    known = load_yaml(ROOT / arguments.train_config).keys()
+    assert not arguments.train_options.keys() - known - {"stages"}
+    assert sum(arguments.expected_minutes.values()) <= (15 if name == "demo.yaml" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRUNK.is_file(), reason="the shipped trunk is missing: make trunk")
+def test_smoke_runs_the_whole_chain():
+    folder = ROOT / "build/test_smoke"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "recipes/demo.py",
+            "--config",
+            "recipes/tiny/smoke.yaml",
+            "--demo_folder",
+            "build/test_smoke",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    evaluation = read_json(folder / "evaluation.json")
+    wanted = {
+        "sibling_fact_recall": {"pdt", "independent", "ablated", "swapped_follow", "sequential", "full_text"},
+        "coverage": {"precision", "recall"},
+        "agreement": {"auroc", "repaired", "false_rollback"},
+        "text_ce": {"pdt", "trunk"},
+        "speed": {"parallel_vs_single", "overhead_vs_shared_prefill"},
+    }
+    for section, keys in wanted.items():
+        assert keys <= evaluation[section].keys()
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "Sibling-fact recall" in page and "Decoded answers" in page and "data:image/png" in page
+    assert read_json(folder / "decode/prompt_1.json")["merged"]
+    assert {path.name for path in (folder / "plots").iterdir()} >= {"recall.png", "learning.png"}
