@@ -1,0 +1,80 @@
+"""Trains PDT adapters on a frozen trunk by stages and saves them.
+
+accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/train.py --config recipes/tiny/train.yaml
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_pdt import PDTAdapterConfig, PDTForParallelDecoding
+from trainer_pdt import FeatureMaker, PDTDataCollator, PDTTrainer, PDTTrainingArguments
+from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
+from trainer_pdt.callbacks import ExpectedTimeCallback
+from trainer_pdt.features import load_features
+from trainer_pdt.parser import RecipeParser
+from trainer_pdt.telemetry import run_manifest, write_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_model(
+    arguments: ModelArguments, adapter: PDTAdapterConfig
+) -> tuple[PDTForParallelDecoding, PreTrainedTokenizerBase]:
+    """A new model on the recipe's trunk, and the trunk's tokenizer."""
+    name = str(ROOT / arguments.trunk) if (ROOT / arguments.trunk).is_dir() else arguments.trunk
+    experts = arguments.experts_implementation
+    choices = {} if experts is None else {"experts_implementation": experts}
+    trunk = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **choices)
+    protocol = {name: getattr(arguments, name) for name in ("block_size", "bus_lag", "bus_capacity")}
+    return PDTForParallelDecoding.from_trunk(trunk, adapter, **protocol), AutoTokenizer.from_pretrained(name)
+
+
+def main() -> None:
+    """Parse, build, train, save."""
+    parser = RecipeParser(PDTAdapterConfig, ModelArguments, DataArguments, CurriculumArguments, PDTTrainingArguments)
+    adapter, model_args, data, curriculum_args, args = parser.parse()
+    if model_args.threads is not None:
+        torch.set_num_threads(model_args.threads)
+    set_seed(args.seed)
+    curriculum = curriculum_args.build(args.max_steps)
+
+    model, tokenizer = load_model(model_args, adapter)
+    plants = any(stage.data == "corrupted" for stage in curriculum.stages)
+    maker = FeatureMaker(
+        tokenizer,
+        model.config.num_plan_slots,
+        model.config.plan_vocab_size,
+        model.config.plan_hash_salt,
+        corruption_rate=args.corruption_rate if plants else 0.0,
+        seed=args.seed,
+    )
+    train_dataset, eval_dataset = load_features(data, maker, args.seed)
+
+    trainer = PDTTrainer(
+        model,
+        args,
+        curriculum,
+        data_collator=PDTDataCollator.from_config(model.config, tokenizer, max_row_tokens=data.max_row_tokens),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=[ExpectedTimeCallback(curriculum)],
+    )
+    if trainer.is_world_process_zero():
+        settings = {"adapter": adapter, "model": model_args, "data": data, "training": args.to_dict()}
+        settings["stages"] = curriculum.history()
+        write_manifest(args.output_dir, run_manifest(seed=args.seed, config=settings))
+
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last)
+    trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()
