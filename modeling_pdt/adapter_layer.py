@@ -243,11 +243,13 @@ def parameter_path_components() -> frozenset[str]:
     config = PDTAdapterConfig(
         notes_dim=4, snc_heads=1, gate_mode="dynamic", instrumented_layers=[0], trunk_hidden_size=4, trunk_num_layers=1
     )
-    modules = [
-        PDTHeads(config),
-        SharedNotesCrossAttention(4, 4, 1, "dynamic", 0.0, "zero"),
-        StreamAdapter(1, 4, 1),
-    ]
+    # Drawing parameters that nobody uses must not move the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        modules = [
+            PDTHeads(config),
+            SharedNotesCrossAttention(4, 4, 1, "dynamic", 0.0, "zero"),
+            StreamAdapter(1, 4, 1),
+        ]
     return frozenset(part for module in modules for name, _ in module.named_parameters() for part in name.split("."))
 
 

@@ -12,6 +12,7 @@ from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 import modeling_pdt
+from modeling_pdt.adapter_layer import parameter_path_components
 
 
 def test_enum_member_behaves_like_the_others():
@@ -48,3 +49,10 @@ def test_second_copy_of_the_code_registers_nothing_new(make_trunk, tmp_path, mon
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "copied_pdt"]:
             del sys.modules[name]
+
+
+def test_naming_the_parameters_draws_no_random_numbers():
+    parameter_path_components.cache_clear()
+    before = torch.get_rng_state()
+    parameter_path_components()
+    assert torch.equal(before, torch.get_rng_state())
