@@ -367,7 +367,9 @@ class PDTForParallelDecoding(PreTrainedModel):
         if rollout.wants_coverage or rollout.wants_agreement:
             output.coverage_logits = coverage_logits(self.stack, tap, rollout, bus)
         if rollout.wants_agreement:
-            output.agreement_logits = agreement_logits(self.stack, tap, rollout, bus, output.coverage_logits)
+            output.agreement_logits, output.agreement_token_logits = agreement_logits(
+                self.stack, tap, rollout, bus, output.coverage_logits
+            )
         if stream_ids is not None:
             output.stream_logits = self.stack.heads.stream(tap.hidden.detach(), rollout.write_round_RT >= 0)
         return bus.note_states

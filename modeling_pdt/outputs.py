@@ -27,6 +27,7 @@ class PDTOutput(ModelOutput):
         notes (`torch.Tensor` of shape `[R, V, K, N]`): Teacher notes, encoded from text.
         speculation (`torch.Tensor` of shape `[R, V, K, N]`): Notes that the streams wrote themselves.
         agreement_logits (`torch.Tensor` of shape `[R, V]`): Per block: may it stand?
+        agreement_token_logits (`torch.Tensor` of shape `[R, T]`): The same per token; a block is as good as its worst.
         coverage_logits (`torch.Tensor` of shape `[R, V, P]`): Per round and plan item: covered so far?
         stream_logits (`torch.Tensor` of shape `[R, S]`): Which stream wrote the row.
         past_key_values (`Cache`): The cache given, updated.
@@ -40,6 +41,7 @@ class PDTOutput(ModelOutput):
     notes: torch.Tensor | None = None
     speculation: torch.Tensor | None = None
     agreement_logits: torch.Tensor | None = None
+    agreement_token_logits: torch.Tensor | None = None
     coverage_logits: torch.Tensor | None = None
     stream_logits: torch.Tensor | None = None
     past_key_values: Cache | None = None

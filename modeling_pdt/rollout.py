@@ -181,8 +181,8 @@ def coverage_logits(stack: PDTStack, tap: TapState, rollout: Rollout, bus: BusRo
 
 def agreement_logits(
     stack: PDTStack, tap: TapState, rollout: Rollout, bus: BusRollout, coverage_RVP: torch.Tensor | None
-) -> torch.Tensor:
-    """Agreement `[R, V]` of every block with the siblings' notes up to and including its own round."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Agreement `[R, V]` of every block and `[R, T]` of every token with the notes up to and including its round."""
     states = tap.hidden.detach()
     previous = torch.nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
     write_round = rollout.write_round_RT
@@ -206,4 +206,4 @@ def agreement_logits(
         coverage = mean.gather(1, index)
     logits = stack.heads.agreement.token_logits(states, previous, notes, mask, own, coverage)
     rounds = torch.arange(rollout.rounds, device=states.device)[None, :, None]
-    return soft_minimum(logits, write_round[:, None, :] == rounds)
+    return soft_minimum(logits, write_round[:, None, :] == rounds), logits

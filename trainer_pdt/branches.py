@@ -19,6 +19,7 @@ from .arguments import PDTTrainingArguments
 from .collator import NO_SOURCE
 from .curriculum import Stage
 from .losses import (
+    IGNORE_INDEX,
     TopKTeacher,
     agreement_bce,
     block_start_ce,
@@ -40,7 +41,7 @@ from .losses import (
     top_k_teacher,
     use_margin,
 )
-from .noise import NoiseDraw, add_gaussian
+from .noise import NoiseDraw, add_gaussian, drop_item_tokens
 
 OTHER_BLOCK_WEIGHT = 0.25
 """Weight in `agree` of blocks that nobody can contradict; decoding judges them too, so the head has to pass them."""
@@ -149,6 +150,8 @@ def student_rollout(
     device = inputs["input_ids"].device
     rows, rounds = inputs["block_exists"].shape
     rollout = build_rollout(inputs, config, noise.lag_R.to(device)[:, None])
+    if stage.item_drop > 0:
+        rollout = replace(rollout, item_mask_BPL=drop_item_tokens(rollout.item_mask_BPL, stage.item_drop, generator))
     changes: dict[str, Any] = {
         "wants_coverage": stage.is_active("cov"),
         "wants_agreement": stage.is_active("agree"),
@@ -346,13 +349,20 @@ def _head_parts(
             arguments.coverage_pos_weight,
         ),
         "stream": lambda: stream_ce(student.stream_logits, inputs["stream_ids"].amax(dim=1)),
-        "agree": lambda: agreement_loss(student.agreement_logits, inputs),
+        "agree": lambda: agreement_loss(student.agreement_logits, student.agreement_token_logits, inputs),
     }
 
 
-def agreement_loss(logits_RV: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Judgeable blocks with both classes balanced, plus all other blocks as agreeing ones with a low weight."""
+def agreement_loss(logits_RV: Tensor, token_logits_RT: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """
+    Judgeable blocks with both classes balanced, all other blocks as agreeing ones with a low weight, and the tokens
+    of judgeable repeated facts: a planted contradiction tells which tokens disagree.
+    """
     targets, labelled = readiness_targets(inputs["contradicts"], inputs["judgeable"])
     others = inputs["block_exists"] & ~inputs["judgeable"]
     loss = agreement_bce(logits_RV, targets, labelled)
-    return loss + OTHER_BLOCK_WEIGHT * agreement_bce(logits_RV, torch.ones_like(targets), others)
+    loss = loss + OTHER_BLOCK_WEIGHT * agreement_bce(logits_RV, torch.ones_like(targets), others)
+    round_RT = inputs["write_round"].clamp(min=0)
+    judged_RT = (inputs["reference"] >= 0) & inputs["judgeable"].gather(1, round_RT)
+    planted_RT = judged_RT & (inputs["labels"] == IGNORE_INDEX)
+    return loss + agreement_bce(token_logits_RT, ~planted_RT, judged_RT)

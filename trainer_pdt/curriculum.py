@@ -101,6 +101,8 @@ class Stage:
         note_noise (`float`, *optional*, defaults to 0.0): Standard deviation of Gaussian noise on notes (RMS 1).
         stream_dropout (`float`, *optional*, defaults to 0.0): Probability that all notes of a producer are hidden.
         lag_jitter (`float`, *optional*, defaults to 0.0): Probability that a row reads with lag 0, as in a rewrite.
+        item_drop (`float`, *optional*, defaults to 0.0): Probability that a token of a plan item's text is hidden, so
+            that items are recognised in other words too.
         lr_scale (`dict[str, float]`, *optional*): Learning-rate factor above 0 of trained groups; 1 when missing.
         data (`str`, *optional*, defaults to `"clean"`): `"corrupted"` = rows with planted contradictions.
     """
@@ -115,12 +117,13 @@ class Stage:
     note_noise: float = 0.0
     stream_dropout: float = 0.0
     lag_jitter: float = 0.0
+    item_drop: float = 0.0
     lr_scale: dict[str, float] = field(default_factory=dict)
     data: DataView = "clean"
 
     def __post_init__(self) -> None:
         where = f"stages[{self.name}]"
-        for name in ("bus_mix", "note_drop", "note_swap", "stream_dropout", "lag_jitter"):
+        for name in ("bus_mix", "note_drop", "note_swap", "stream_dropout", "lag_jitter", "item_drop"):
             check_range(f"{where}.{name}", getattr(self, name), 0.0, 1.0)
         check_range(f"{where}.note_noise", self.note_noise, 0.0)
         check_choice(f"{where}.data", self.data, get_args(DataView))

@@ -66,6 +66,20 @@ def draw_noise(
     )
 
 
+def drop_item_tokens(mask_BPL: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """
+    Hides tokens of the plan items' texts; an item that would lose all of them keeps all.
+
+    Args:
+        mask_BPL (`BoolTensor` of shape `[documents, items, tokens]`): Real tokens.
+        probability (`float`): Probability that a token is hidden, 0 to 1.
+        generator (`torch.Generator`): Source of randomness.
+    """
+    dropped = _bernoulli("item_drop", tuple(mask_BPL.shape), probability, generator).to(mask_BPL.device)
+    kept = mask_BPL.bool() & ~dropped
+    return torch.where(kept.any(dim=-1, keepdim=True), kept, mask_BPL.bool())
+
+
 def mix_bus(num_rows: int, num_rounds: int, probability: float, generator: torch.Generator) -> Tensor:
     """
     Who writes the note of each block.

@@ -18,7 +18,7 @@ from trainer_pdt.branches import (
 )
 from trainer_pdt.callbacks import parameter_group
 from trainer_pdt.curriculum import LOSS_NAMES, PARAMETER_GROUPS, Stage
-from trainer_pdt.losses import weighted_total
+from trainer_pdt.losses import IGNORE_INDEX, weighted_total
 from trainer_pdt.noise import draw_noise
 
 FEATURES = [make_features(4)[index] for index in range(4)]
@@ -183,6 +183,10 @@ def test_noise_reaches_the_rollout(model, batch):
     assert (~rollout.keep_RV).any()
     assert torch.equal(rollout.teacher_RV, batch["noisy_note_mask"].any(2))
     assert 0.2 < rollout.perturbation_RVKN.std() < 0.4
+    dropping = student_rollout(batch, stage(["lm_ce"], item_drop=0.5), noise, model.config, generator)
+    assert dropping.item_mask_BPL.sum() < batch["item_mask"].sum()
+    assert torch.equal(dropping.item_mask_BPL.any(-1), batch["item_mask"].any(-1))
+    assert not (dropping.item_mask_BPL & ~batch["item_mask"]).any()
     clean = student_rollout(batch, stage(["lm_ce"]), noise, model.config, generator)
     assert (clean.keep_RV, clean.donor_R, clean.teacher_RV, clean.perturbation_RVKN) == (None,) * 4
 
@@ -192,7 +196,23 @@ def test_agreement_loss_counts_other_blocks_little(batch):
     shape = view["judgeable"].shape
     others = view["block_exists"] & ~view["judgeable"]
     right = torch.where(view["contradicts"], -20.0, 20.0)
-    assert agreement_loss(right, view) < 1e-6
+    planted = (view["labels"] == IGNORE_INDEX) & (view["write_round"] >= 0)
+    tokens = torch.where(planted, -20.0, 20.0)
+    assert agreement_loss(right, tokens, view) < 1e-6
     wrong_elsewhere = right.masked_fill(others, -4.0)
-    assert torch.allclose(agreement_loss(wrong_elsewhere, view), torch.tensor(0.25 * 4.018), atol=1e-3)
-    assert agreement_loss(torch.zeros(shape), view) > 0.6
+    assert torch.allclose(agreement_loss(wrong_elsewhere, tokens, view), torch.tensor(0.25 * 4.018), atol=1e-3)
+    assert agreement_loss(torch.zeros(shape), tokens, view) > 0.6
+
+
+def test_agreement_loss_names_the_tokens_that_disagree(batch):
+    view = batch["corrupted"]
+    right = torch.where(view["contradicts"], -20.0, 20.0)
+    planted = (view["labels"] == IGNORE_INDEX) & (view["write_round"] >= 0)
+    judged = (view["reference"] >= 0) & view["judgeable"].gather(1, view["write_round"].clamp(min=0))
+    assert (planted & judged).any() and (judged & ~planted).any()
+    unsure = torch.zeros(planted.shape)
+    assert torch.allclose(agreement_loss(right, unsure, view), torch.tensor(0.6931), atol=1e-3)
+    tokens = unsure.clone().requires_grad_()
+    agreement_loss(right, tokens, view).backward()
+    assert torch.equal(tokens.grad != 0, judged)
+    assert (tokens.grad[planted & judged] > 0).all() and (tokens.grad[judged & ~planted] < 0).all()
