@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DS_STAMP := $(VENV)/.deepspeed
 # CPU-only machine: make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 CORES := $(shell $(PYTHON) -c "import os; print(max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)))")
@@ -21,20 +22,25 @@ EMPTY_IS_FINE := || test $$? -eq 5
 install: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "PYTHON=$(PYTHON) must be Python >= 3.11, for example: make PYTHON=python3.12 install"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt $(TORCH_ARGS) torch
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test,quality]"
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt -e ".[deepspeed]"
 	touch $(STAMP)
+
+# DeepSpeed has no wheels and only the tests with several processes need it.
+$(DS_STAMP): $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt -e ".[deepspeed]"
+	touch $(DS_STAMP)
 
 demo: $(STAMP)
 	@echo "demo: trains PDT adapters on the shipped tiny trunk, decodes three prompts, evaluates."
 	@echo "expected time: at most 15 minutes on 2 cores; results in build/demo/index.html"
-	$(RUN) recipes/demo.py
+	$(RUN) recipes/demo.py --threads $(THREADS)
 
 smoke: $(STAMP)
 	@echo "smoke: the demo's chain with tiny numbers; expected time: under 2 minutes on 2 cores"
-	$(RUN) recipes/demo.py --config recipes/tiny/smoke.yaml
+	$(RUN) recipes/demo.py --config recipes/tiny/smoke.yaml --threads $(THREADS)
 
 trunk: $(STAMP)
 	@echo "trunk: trains the tiny GPT-OSS trunk again and replaces recipes/tiny/trunk"
@@ -46,7 +52,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow and not soak" $(EMPTY_IS_FINE)
 
-test-multi: $(STAMP)
+test-multi: $(DS_STAMP)
 	$(PYTEST) -m "(multi or deepspeed) and not soak" $(EMPTY_IS_FINE)
 
 test-browser: $(STAMP)

@@ -3,6 +3,8 @@
 Letters: M rows at a block boundary, L block tokens, W notes, P plan items, N note width, D trunk width.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .bus import NotesBus
@@ -61,7 +63,7 @@ def judge(
     round_M: torch.Tensor,
     may_retry_M: torch.Tensor,
     threshold: float,
-    score: "callable",
+    score: Callable[[], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Withdraws, one per prompt and pass, the notes of blocks that disagree; the others are judged again without them.

@@ -25,6 +25,7 @@ SECTION_SEPARATOR = "\n\n"
 RESTRICTED = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
+    "max_length": (None, 20),
     "guidance_scale": (None, 1),
     "prompt_lookup_num_tokens": (None,),
     "cache_implementation": (None,),
@@ -289,6 +290,8 @@ def encode_seeds(
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Seeds as further places of snapshot 0: encoded texts `[B, S * K, N]`, or vectors `[B, places, N]` as given."""
+    if seed_notes is not None and seed_texts is not None:
+        raise ValueError("give at most one of seed_texts and seed_notes.")
     if seed_notes is not None:
         seed_notes = torch.as_tensor(seed_notes, dtype=torch.float32, device=device)
         seed_notes = seed_notes[None].expand(num_prompts, -1, -1) if seed_notes.dim() == 2 else seed_notes

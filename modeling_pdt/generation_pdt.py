@@ -53,7 +53,7 @@ def parallel_generate(
         seed_texts (`list[str]`, *optional*): Notes at the start, as text, `[stream]` or `[prompt][stream]`.
         seed_notes (`torch.Tensor` of shape `[places, N]` or `[B, places, N]`, *optional*): The same as vectors.
         streamer (`ParallelStreamer` or `BaseStreamer`, *optional*): Called at commit only.
-        generation_config (*optional*): In place of the model's; keyword arguments override either.
+        generation_config (*optional*): Merged over the model's; keyword arguments override both.
         logits_processor, stopping_criteria (`list`, *optional*): Called with each row's own history; a criterion that
             fires ends the row after the token just chosen.
         interventions (`list[Intervention]`, *optional*): Controlled changes to what the streams read.

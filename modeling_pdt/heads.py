@@ -150,6 +150,8 @@ class AgreementHead(nn.Module):
         self.reader = SharedNotesCrossAttention(
             width, config.notes_dim, config.snc_heads, config.gate_mode, config.gate_init, "trunk_space"
         )
+        # The reader compares, it does not add to the trunk: it has no gate.
+        del self.reader.gate
         self.norm = RMSNorm(width)
         self.mix = nn.Linear(3 * width, width)
         self.own_note = nn.Linear(config.notes_dim, width, bias=False)
@@ -159,7 +161,8 @@ class AgreementHead(nn.Module):
     @torch.no_grad()
     def start_from(self, snc: SharedNotesCrossAttention) -> None:
         """Copies the trained SNC of the first site into the reader."""
-        self.reader.load_state_dict(snc.state_dict())
+        state = {name: value for name, value in snc.state_dict().items() if not name.startswith("gate.")}
+        self.reader.load_state_dict(state)
 
     def token_logits(
         self,

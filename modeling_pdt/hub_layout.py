@@ -158,7 +158,7 @@ def load_trunk(
     """The trunk that `config.json` names, loaded with the caller's arguments; never with an explicit `None`."""
     name = resolve_trunk_name(config, source)
     arguments = {key: value for key, value in hub_kwargs.items() if key != "revision"}
-    if name == TRUNK_SUBFOLDER and not os.path.isdir(name):
+    if name == TRUNK_SUBFOLDER and not os.path.isdir(source):
         name, arguments["subfolder"] = source, TRUNK_SUBFOLDER
         arguments.update({key: hub_kwargs[key] for key in ("revision",) if key in hub_kwargs})
     elif config.trunk_revision is not None:
@@ -171,7 +171,18 @@ def load_trunk(
 
 
 def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
-    """Uploads a saved model to `repo_id`, made if missing; returns the commit's address."""
+    """
+    Uploads a saved model to `repo_id`, made if missing; returns the commit's address.
+
+    Raises:
+        ValueError: When the model refers to a trunk on this machine, which nobody else could load.
+    """
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("trunk_name_or_path")
+    if name != TRUNK_SUBFOLDER and os.path.isdir(name or ""):
+        raise ValueError(
+            f"trunk_name_or_path={name!r} is a local folder; for an upload it must be a Hub id, or use "
+            "include_trunk=True."
+        )
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     message = kwargs.pop("commit_message", "Upload PDT adapters")

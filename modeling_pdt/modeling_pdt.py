@@ -117,7 +117,7 @@ class PDTForParallelDecoding(PreTrainedModel):
             **{
                 "trunk_name_or_path": portable_trunk_name(trunk.config._name_or_path),
                 "trunk_revision": getattr(trunk.config, "_commit_hash", None),
-                "trunk_config": trunk.config.to_dict(),
+                "trunk_config": {k: v for k, v in trunk.config.to_dict().items() if k != "_name_or_path"},
                 **owned["model"],
             }
         )

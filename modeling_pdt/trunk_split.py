@@ -81,6 +81,11 @@ def check_trunk(trunk: nn.Module) -> str:
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling", "embedding_multiplier"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             raise ValueError(f"{type(trunk).__name__} cannot be wrapped: config.{field} changes the logits.")
+    devices = set((getattr(trunk, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{type(trunk).__name__} cannot be wrapped: its device_map spreads it over {sorted(devices)}."
+        )
     if "layer_type" in inspect.signature(stack.rotary_emb.forward).parameters:
         raise ValueError(f"{type(trunk).__name__} cannot be wrapped: its rotary embedding differs by layer type.")
     return name

@@ -240,6 +240,7 @@ def _teacher(
     model: nn.Module, inputs: Mapping[str, Tensor], stage: Stage, rollout: Rollout, shared: dict[str, Any]
 ) -> PDTOutput:
     """All blocks that have true notes publish them; with gradient only where a loss trains through this branch."""
+    told = inputs["note_mask"].any(dim=2)
     rollout = Rollout(
         num_streams=rollout.num_streams,
         block_size=rollout.block_size,
@@ -251,7 +252,8 @@ def _teacher(
         item_mask_BPL=rollout.item_mask_BPL,
         note_ids_RVL=inputs["note_ids"],
         note_mask_RVL=inputs["note_mask"],
-        teacher_RV=torch.ones_like(inputs["block_exists"]),
+        teacher_RV=told,
+        keep_RV=told,
     )
     planner_mask = inputs["prompt_mask"] if stage.is_active("kd_plan") else None
     with torch.set_grad_enabled(stage.is_active("notes") or stage.is_active("kd_plan")):

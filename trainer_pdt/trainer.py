@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput
 from modeling_pdt.hub_layout import load_adapter_weights
@@ -77,8 +77,7 @@ class PDTTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self.add_callback(StageCallback(curriculum, model))
         self.add_callback(ReportCallback(curriculum, model))
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._micro = (-1, 0)
         self._staging: str | None = None
 
@@ -124,16 +123,16 @@ class PDTTrainer(Trainer):
 
     def _record(self, report: LossReport) -> None:
         for name, part in report.parts.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(part)) + part
-        self._count += 1
+            total, count = self._sums.get(name, (torch.zeros_like(part), 0))
+            self._sums[name] = (total + part, count + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss part since the last log, over all processes, as `loss_<name>`."""
-        if "loss" in logs and self._count:
+        if "loss" in logs and self._sums:
             logs["stage"] = self.curriculum.index_at(max(0, self.state.global_step - 1))
-            for name, total in self._sums.items():
-                logs[f"loss_{name}"] = float(self.accelerator.reduce(total / self._count, "mean"))
-            self._sums, self._count = {}, 0
+            for name, (total, count) in self._sums.items():
+                logs[f"loss_{name}"] = float(self.accelerator.reduce(total / count, "mean"))
+            self._sums = {}
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -270,15 +269,15 @@ class PDTTrainer(Trainer):
 
     def _rotate(self, run_dir: Path) -> None:
         """Deletes old checkpoints over `save_total_limit`; those at a stage's start are kept and not counted."""
-        starts = [run_dir / f"checkpoint-{step}" for step in self.curriculum.starts]
-        kept = [(path, path.with_name(f"stage-{path.name}")) for path in starts if path.is_dir()]
-        for path, hidden in kept:
-            os.replace(path, hidden)
-        try:
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
-        finally:
-            for path, hidden in kept:
-                os.replace(hidden, path)
+        limit = self.args.save_total_limit
+        kept = {f"checkpoint-{step}" for step in self.curriculum.starts}
+        best = self.state.best_model_checkpoint
+        paths = [
+            path for path in sort_checkpoints(str(run_dir), best_model_checkpoint=best) if Path(path).name not in kept
+        ]
+        for path in paths[:-limit] if limit else ():
+            if path != best:
+                shutil.rmtree(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not (Path(resume_from_checkpoint) / COMPLETE_FILE).is_file():

@@ -72,6 +72,7 @@ def parallel_vs_single(
                     top_k=0,
                     top_p=1.0,
                     eos_token_id=None,
+                    plan=None,
                     agreement_threshold=None,
                     max_new_tokens=tokens,
                     return_dict_in_generate=True,

@@ -64,6 +64,32 @@ def document_from_texts(document: Document, texts: Sequence[StreamText]) -> Docu
     return replace(document, streams=tuple(streams))
 
 
+def _linked_as_stated(document: Document) -> Document:
+    """The document with the value of every linked fact as its source states it: tells where a linked fact is from."""
+    stated: dict[str, str] = {}
+    for stream in document.streams:
+        for span in stream.spans:
+            if span.kind == "own":
+                stated.setdefault(span.cue, span.value)
+    streams = []
+    for stream in document.streams:
+        spans = tuple(
+            replace(span, value=stated.get(CUES[span.cue].source, ""))
+            if span.kind == "sibling" and span.owner == stream.stream_id
+            else span
+            for span in stream.spans
+        )
+        streams.append(replace(stream, spans=spans))
+    return replace(document, streams=tuple(streams))
+
+
+def _traced_features(features: FeatureMaker, document: Document) -> dict[str, Any]:
+    """Features of a document; a linked fact that contradicts its source is still compared with it."""
+    traced = _linked_as_stated(document)
+    made = features(document)
+    return made if traced == document else {**made, "clean": features.view(document, traced, set(), 0.0)}
+
+
 @torch.no_grad()
 def score_blocks(
     model: PDTForParallelDecoding,
@@ -83,7 +109,7 @@ def score_blocks(
     collator = PDTDataCollator.from_config(model.config, features.tokenizer, with_corrupted=view == "corrupted")
     scores = []
     for number, batch in enumerate(batches(documents, batch_size)):
-        inputs = collator([features(document) for document in batch])
+        inputs = collator([_traced_features(features, document) for document in batch])
         inputs = inputs["corrupted"] if view == "corrupted" else inputs
         values = _score_batch(model, inputs)
         streams = inputs["input_ids"].shape[0] // len(batch)
@@ -143,6 +169,8 @@ def threshold_by_false_alarms(scores: Sequence[BlockScore], allowed: float = 0.0
 
     The stated rule of calibration: a block is withdrawn when its agreement is below the threshold.
     """
+    if not 0 <= allowed < 1:
+        raise ValueError(f"allowed must be in [0, 1), got {allowed}.")
     clean = sorted(1 - score.disagreement for score in scores if score.judgeable and not score.contradicts)
     if not clean:
         raise ValueError("no clean judgeable block to calibrate on; give more documents.")

@@ -209,7 +209,7 @@ def continue_rows(
     seed: int,
     **options: Any,
 ) -> Any:
-    """One stream of the bare trunk per prefix, by the same loop as parallel decoding."""
+    """One stream of the bare trunk per prefix, by the same loop as parallel decoding, with neither plan nor gate."""
     encoded = tokenizer.pad({"input_ids": [list(prefix) for prefix in prefixes]}, return_tensors="pt")
     with model.disable_adapter():
         return model.generate(
@@ -219,6 +219,8 @@ def continue_rows(
             num_streams=1,
             stream_prefixes=[[header] for header in headers],
             seed=seed,
+            plan=None,
+            agreement_threshold=None,
             return_dict_in_generate=True,
             **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **options},
         )
@@ -262,8 +264,10 @@ def write_full_text(
                         prefix += headers[other] + texts[other]
                 prefixes.append(prefix + headers[row] + texts[row])
             round_seed = seed + 1000 * len(blocks[open_rows[0]])
+            # A row that is open has written whole blocks only, as many as every other open row.
+            wanted = min(block_size, max_new_tokens - len(texts[open_rows[0]]))
             output = continue_rows(
-                model, tokenizer, prefixes, [""] * len(prefixes), round_seed, max_new_tokens=block_size, **options
+                model, tokenizer, prefixes, [""] * len(prefixes), round_seed, max_new_tokens=wanted, **options
             )
             for row, results in zip(open_rows, output.streams, strict=True):
                 start = len(texts[row])

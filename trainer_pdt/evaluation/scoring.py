@@ -55,20 +55,24 @@ def swapped_rates(
     """
     References of streams that read a donor's notes: share that follows the donor's fact, and their own sibling's.
 
-    A reference counts when the donor had stated the fact in a visible round.
+    A reference counts when the donor had stated the fact in a visible round, and another value than the reader's own
+    sibling: where both state the same, following one is following the other.
     """
     follows, keeps = [], []
     for document, texts, donor in zip(documents, own, donors, strict=True):
         regular = count_document(document, list(texts), lag=lag, capacity=capacity)
-        own_value = {(entry.stream, entry.start): entry.consistent for entry in regular.references}
+        own_entry = {(entry.stream, entry.start): entry for entry in regular.references}
         hits = own_hits = trials = 0
         for stream in range(len(texts)):
             mixed = [texts[s] if s == stream else donor[s] for s in range(len(texts))]
             counts = count_document(document, mixed, lag=lag, capacity=capacity)
             for entry in counts.select("feasible", lambda reference, stream=stream: reference.stream == stream):
+                sibling = own_entry[entry.stream, entry.start]
+                if sibling.source_value == entry.source_value:
+                    continue
                 trials += 1
                 hits += entry.consistent
-                own_hits += own_value.get((entry.stream, entry.start), False)
+                own_hits += sibling.consistent
         follows.append((hits, trials))
         keeps.append((own_hits, trials))
     return {

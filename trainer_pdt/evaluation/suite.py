@@ -45,6 +45,14 @@ from .scoring import (
 
 logger = logging.getLogger(__name__)
 
+VALUE_DOCUMENTS = 1000
+"""Training documents of each kind from which values for contradictions are collected."""
+
+CHANCE_DOCUMENTS = 2000
+"""Training documents of each kind on which chance is measured."""
+
+ROC_POINTS = 200
+
 
 @dataclass
 class EvaluationArguments:
@@ -75,11 +83,10 @@ class EvaluationArguments:
     training_report: str | None = field(default=None, metadata={"help": "training_report.json of the run."})
 
     def __post_init__(self) -> None:
-        for name in ("core_documents", "calibration_documents", "speed_documents", "decode_batch", "threads"):
-            if getattr(self, name) < 2 and name != "threads":
-                raise ValueError(f"{name} must be >= 2, got {getattr(self, name)}.")
-        if self.hard_documents < 0:
-            raise ValueError(f"hard_documents must be >= 0, got {self.hard_documents}.")
+        least = dict.fromkeys(("core_documents", "calibration_documents", "speed_documents", "decode_batch"), 2)
+        for name, bound in {**least, "hard_documents": 0, "threads": 1}.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
 
 
 def held_out_documents(split: str, core: int, hard: int, **options: Any) -> list[Document]:
@@ -87,6 +94,12 @@ def held_out_documents(split: str, core: int, hard: int, **options: Any) -> list
     plain, many = WorldOptions(**options), WorldOptions(**{**options, "hard": True})
     documents = [generate_document(split, index, plain, with_notes=False) for index in range(core)]
     return documents + [generate_document(split, core + index, many, with_notes=False) for index in range(hard)]
+
+
+def thinned(points: list[list[float]], count: int) -> list[list[float]]:
+    """About `count` of the points, evenly taken, the last one among them."""
+    step = max(1, -(-len(points) // count))
+    return points[::step] + (points[-1:] if (len(points) - 1) % step else [])
 
 
 class Evaluation:
@@ -109,7 +122,7 @@ class Evaluation:
             model.config.num_plan_slots,
             model.config.plan_vocab_size,
             model.config.plan_hash_salt,
-            collect_values(held_out_documents("train", 1000, 0)),
+            collect_values(held_out_documents("train", VALUE_DOCUMENTS, VALUE_DOCUMENTS)),
         )
         self.written: dict[str, Written] = {}
         self.counts: dict[str, list[DocumentCounts]] = {}
@@ -147,7 +160,7 @@ class Evaluation:
                     reference_rate(select_kind(self.documents, self.counts[mode], kind))
                 )
         recall |= self._swapped()
-        chance = matching_chance(held_out_documents("train", 2000, 0))
+        chance = matching_chance(held_out_documents("train", CHANCE_DOCUMENTS, CHANCE_DOCUMENTS))
         feasible = [r.cue for count in self.counts["pdt"] for r in count.select("feasible")]
         sequential = max(1, self._references("sequential"))
         return {
@@ -205,7 +218,7 @@ class Evaluation:
             suffix = "" if name == "planted" else "_generated"
             values, labels = block_scores.judgeable(scores, lambda s: s.disagreement)
             result[f"auroc{suffix}"] = auroc(values, labels)
-            result[f"roc{suffix}"] = roc(values, labels)[:: max(1, len(values) // 200)]
+            result[f"roc{suffix}"] = thinned(roc(values, labels), ROC_POINTS)
             result[f"zeroed_notes{suffix}"] = auroc(*block_scores.judgeable(scores, lambda s: s.zeroed))
             result["controls"][f"logp_gap{suffix}"] = auroc(*block_scores.judgeable(scores, lambda s: s.logp_gap))
             every = [float(s.judgeable) for s in scores], [s.contradicts for s in scores]

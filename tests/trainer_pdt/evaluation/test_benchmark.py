@@ -1,0 +1,206 @@
+"""Wall-clock ratios, arguments of the evaluation, and its sections on a tiny random model."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer, GptOssForCausalLM
+
+from modeling_pdt import PDTForParallelDecoding
+from trainer_pdt.data.counting import StreamText
+from trainer_pdt.data.schema import Document
+from trainer_pdt.data.worlds import generate_documents
+from trainer_pdt.data.worlds_lexicon import CUES
+from trainer_pdt.evaluation import suite
+from trainer_pdt.evaluation.bars import check_bars
+from trainer_pdt.evaluation.benchmark import overhead_vs_shared_prefill, parallel_vs_single, ratio_summary, timed
+from trainer_pdt.evaluation.blocks import BlockScore
+from trainer_pdt.evaluation.modes import PARALLEL_MODES
+from trainer_pdt.evaluation.suite import Evaluation, EvaluationArguments, held_out_documents, thinned
+from trainer_pdt.trunk import TrunkArguments, trunk_config
+
+TRUNK = Path(__file__).parents[3] / "recipes/tiny/trunk"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TRUNK)
+
+
+@pytest.fixture
+def model(tokenizer):
+    sizes = TrunkArguments(hidden_size=32, num_layers=3, num_kv_heads=2, head_dim=8, intermediate_size=32)
+    return PDTForParallelDecoding.from_trunk(
+        GptOssForCausalLM(trunk_config(sizes, tokenizer)),
+        notes_dim=16,
+        notes_per_block=2,
+        adapter_bottleneck=4,
+        trained_parts=["snc", "agreement", "coverage"],
+        agreement_threshold=0.2,
+    ).eval()
+
+
+@pytest.fixture
+def short(model, monkeypatch):
+    """Sections of at most 12 tokens, whatever is asked for; returns the calls' keyword arguments."""
+    calls, generate = [], model.generate
+
+    def spy(input_ids, **options):
+        calls.append(options)
+        return generate(input_ids, **{**options, "max_new_tokens": min(options["max_new_tokens"], 12)})
+
+    monkeypatch.setattr(model, "generate", spy)
+    return calls
+
+
+@pytest.fixture
+def evaluation(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(suite, "VALUE_DOCUMENTS", 60)
+    monkeypatch.setattr(suite, "CHANCE_DOCUMENTS", 60)
+    arguments = EvaluationArguments(
+        core_documents=20, hard_documents=3, calibration_documents=8, speed_documents=2, decode_batch=8
+    )
+    return Evaluation(model, tokenizer, arguments)
+
+
+def test_timed_returns_seconds_and_result():
+    seconds, result = timed(lambda: "done")
+    assert seconds >= 0 and result == "done"
+
+
+def test_ratio_summary():
+    pairs = [(4.0, 1.0), (2.0, 2.0), (1.0, 2.0), (6.0, 2.0), (4.0, 2.0)]
+    assert ratio_summary(pairs) == {"mean": 2.0, "low": 0.75, "high": 3.5, "n": 5}
+    assert ratio_summary([(3.0, 2.0)]) == {"mean": 1.5, "low": 1.5, "high": 1.5, "n": 1}
+
+
+def test_parallel_vs_single_compares_the_same_number_of_tokens(model, tokenizer, short):
+    documents = list(generate_documents("test", 0, 3, with_notes=False))
+    model.generation_config.plan = "trunk"
+    result = parallel_vs_single(model, tokenizer, documents)
+    assert result["n"] == 2 and result["mean"] > 0
+    assert result["single_s"] > 0 and result["parallel_s"] > 0
+    parallel, single = short[2::2], short[3::2]
+    assert [call["num_streams"] for call in parallel] == [3, 3]
+    assert [call["num_streams"] for call in single] == [1, 1]
+    assert all(call["eos_token_id"] is None and call["agreement_threshold"] is None for call in single)
+    assert "agreement_threshold" not in parallel[0]
+    assert all(0 < call["max_new_tokens"] <= 3 * 12 for call in single)
+    # Retries aside, a call consumes one token of every stream.
+    assert 1 / 3 <= result["critical_path_tokens"] <= 1
+
+
+def test_overhead_vs_shared_prefill_writes_rows_of_one_length(model, tokenizer, short, monkeypatch):
+    lengths, generate = [], model.trunk.generate
+
+    def spy(**options):
+        rows = generate(**options)
+        if rows.shape[0] > 1:
+            lengths.append((rows.shape[0], rows.shape[1] - options["input_ids"].shape[1]))
+        return rows
+
+    monkeypatch.setattr(model.trunk, "generate", spy)
+    documents = list(generate_documents("test", 0, 3, with_notes=False))
+    result = overhead_vs_shared_prefill(model, tokenizer, documents, tokens=6)
+    assert result["n"] == 2 and result["mean"] > 0
+    assert lengths == [(3, 6)] * 3
+    assert all(call["max_new_tokens"] == 6 and call["max_retries"] == 0 for call in short)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [
+        ("core_documents", 1, 2),
+        ("calibration_documents", 0, 2),
+        ("speed_documents", 1, 2),
+        ("decode_batch", 1, 2),
+        ("hard_documents", -1, 0),
+        ("threads", 0, 1),
+    ],
+)
+def test_arguments_out_of_range(name, value, least):
+    with pytest.raises(ValueError, match=rf"{name} must be >= {least}, got {value}\."):
+        EvaluationArguments(**{name: value})
+    assert getattr(EvaluationArguments(**{name: least}), name) == least
+
+
+def test_held_out_documents_are_core_then_hard():
+    documents = held_out_documents("test", 3, 2, heldout_wordings=True)
+    assert [document.split_tags[0] for document in documents] == ["core"] * 3 + ["hard"] * 2
+    assert all("heldout_wordings" in document.split_tags for document in documents)
+    assert len({document.document_id for document in documents}) == 5
+    assert documents[:2] == held_out_documents("test", 2, 0, heldout_wordings=True)
+    assert isinstance(documents[0], Document)
+
+
+def test_planted_contradictions_know_hard_facts(evaluation):
+    hard = {span.cue for d in evaluation.documents if "hard" in d.split_tags for s in d.streams for span in s.spans}
+    core = {span.cue for d in held_out_documents("train", 300, 0) for s in d.streams for span in s.spans}
+    assert hard - core
+    assert hard <= set(evaluation.features.values)
+
+
+def test_thinned_keeps_both_ends():
+    points = [[index / 10, 1.0] for index in range(11)]
+    assert thinned(points, 4) == [points[0], points[3], points[6], points[9], points[10]]
+    assert thinned(points, 11) == points
+    assert thinned([], 4) == []
+
+
+def test_flagged_share():
+    agreements = [(0, 0.1), (0, 0.6), (1, 0.7), (2, 0.5)]
+    scores = [BlockScore(document, 0, 0, False, True, 1 - value, 0.5, 0.0) for document, value in agreements]
+    rate = Evaluation._flagged(scores, 0.5)
+    assert (rate["mean"], rate["n"]) == (0.25, 4)
+    assert Evaluation._flagged([], 0.5)["mean"] is None
+
+
+def test_a_mode_is_written_once_with_the_gate_off(evaluation, short):
+    written = evaluation.write("pdt")
+    calls = len(short)
+    assert calls == 3 and all(call["agreement_threshold"] is None for call in short)
+    assert evaluation.write("pdt") is written
+    assert len(short) == calls
+    assert [len(written.texts), len(evaluation.counts["pdt"])] == [23, 23]
+    evaluation.write("pdt_gate", agreement_threshold=0.3)
+    assert short[-1]["agreement_threshold"] == 0.3
+
+
+def test_every_section_of_an_untrained_model_is_plain_json(evaluation, short):
+    """Recall is left without a number where nothing was repeated; bars are checked on what there is."""
+    evaluation.documents = [d for d in evaluation.documents if d.domain == evaluation.documents[-1].domain][-3:]
+    evaluation.arguments.core_documents = 2
+    report = evaluation.recall()
+    recall = report["sibling_fact_recall"]
+    assert set(PARALLEL_MODES) | {"independent", "sequential", "full_text", "swapped_own"} <= set(recall)
+    assert any(CUES[cue].value_type == "year" for cue in report["chance"]["by_cue"])
+    report["coverage"] = evaluation.coverage()
+    report["text_ce"] = evaluation.text()
+    assert report["text_ce"]["kl"] >= 0 and report["text_ce"]["tokens"] > 0
+    evaluation.model.generation_config.agreement_threshold = 0.5
+    report["rollback"] = evaluation.rollback()
+    assert set(report["rollback"]) == {"none", "head", "head_stale"}
+    report["examples"] = evaluation.examples()
+    assert [len(example["streams"]) for example in report["examples"]] == [3, 3, 3]
+    report["bars"] = check_bars(report)
+    assert "text KL to the trunk" in {bar["name"] for bar in report["bars"]}
+    json.dumps(report)
+
+
+def test_agreement_section_calibrates_on_clean_text(evaluation, monkeypatch):
+    """With the worlds' own sections in place of a model's text the labels are known."""
+
+    def write(model, tokenizer, documents, **options):
+        texts = [[StreamText(stream.text) for stream in document.streams] for document in documents]
+        return SimpleNamespace(texts=texts, events=[[] for _ in texts], results=[])
+
+    monkeypatch.setattr(suite, "write_parallel", write)
+    result = evaluation.agreement()
+    assert evaluation.model.generation_config.agreement_threshold == result["threshold"]
+    assert 0 < result["positives"] < result["blocks"]
+    assert (result["positives_generated"], result["auroc_generated"], result["roc_generated"]) == (0, None, [])
+    assert result["roc"][0] == [0.0, 0.0] and result["roc"][-1] == [1.0, 1.0]
+    assert 0 <= result["auroc"] <= 1 and 0 <= result["controls"]["logp_gap"] <= 1
+    assert result["repaired"]["mean"] is None and 0 <= result["false_rollback"]["mean"] <= 1
+    json.dumps(result)
