@@ -285,7 +285,12 @@ class ParallelDecoder:
                 window, window_mask = self._request(rows_M, round_M, torch.zeros_like(round_M))
                 items_mask = None if coverage_MP is None else self.bus.plan_mask_BP[streams.prompt_R[rows_M]]
                 items_mask = None if items_mask is None else items_mask[:, : self.inputs.num_items]
-                return agreement_of(heads, states, previous, mask, window, window_mask, notes, coverage_MP, items_mask)
+                agreement = agreement_of(
+                    heads, states, previous, mask, window, window_mask, notes, coverage_MP, items_mask
+                )
+                for intervention in self.inputs.interventions:
+                    agreement = intervention.agreement(agreement, rows_M, round_M, streams.attempt_R[rows_M])
+                return agreement
 
             threshold = self.settings.agreement_threshold
             may_retry = streams.attempt_R[rows_M] < self.settings.max_retries

@@ -1,12 +1,15 @@
-"""Interventions: controlled changes to what the streams read, for evaluation and ablation.
+"""Interventions: controlled changes to what the streams read and how they are judged, for evaluation and ablation.
 
-Every intervention edits the request for a window before the bus answers it, the window itself, or the gate's scale.
+Every intervention edits the request for a window before the bus answers it, the window, the SNC gate's scale, or the
+agreement that decides about a block.
 Letters: M rows of a request, W notes of a window, N note width, P plan places (the first columns of a window).
 """
 
 from dataclasses import dataclass, replace
 
 import torch
+
+from .sampling import keyed_uniform
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class Intervention:
     def gate_scale(self, scale: float) -> float:
         """Edits the gate's scale."""
         return scale
+
+    def agreement(
+        self, agreement_M: torch.Tensor, rows_M: torch.Tensor, round_M: torch.Tensor, attempt_M: torch.Tensor
+    ) -> torch.Tensor:
+        """Edits the agreement `[M]` of rows that completed a round at an attempt."""
+        return agreement_M
 
 
 class Ablate(Intervention):
@@ -157,7 +166,27 @@ class SelfOnly(Intervention):
         return replace(request, own_notes=True)
 
 
-INTERVENTIONS = {kind.name: kind for kind in (Ablate, ZeroNotes, GateZero, Swap, Stale, NormScramble, SelfOnly)}
+class RandomGate(Intervention):
+    """A share `rate` of blocks is withdrawn whatever it says: what rewriting alone is worth."""
+
+    name = "random_gate"
+
+    def __init__(self, rate: float = 0.05, seed: int = 0) -> None:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"RandomGate.rate must be in [0, 1], got {rate}.")
+        self.rate, self.seed = rate, seed
+
+    def agreement(
+        self, agreement_M: torch.Tensor, rows_M: torch.Tensor, round_M: torch.Tensor, attempt_M: torch.Tensor
+    ) -> torch.Tensor:
+        """0 for the chosen blocks, 1 for all others."""
+        uniform = keyed_uniform(torch.full_like(rows_M, self.seed), rows_M, round_M, attempt_M)
+        return (uniform >= self.rate).to(agreement_M)
+
+
+INTERVENTIONS = {
+    kind.name: kind for kind in (Ablate, ZeroNotes, GateZero, Swap, Stale, NormScramble, SelfOnly, RandomGate)
+}
 
 
 def make_interventions(names: list[str]) -> list[Intervention]:

@@ -8,6 +8,7 @@ import torch
 from modeling_pdt.gate import judge, lowest_failing
 from modeling_pdt.generation_inputs import merge_generation_config, prepare_inputs
 from modeling_pdt.generation_pdt import ParallelDecoder
+from modeling_pdt.interventions import RandomGate
 from modeling_pdt.sampling import keyed_uniform
 
 
@@ -283,3 +284,32 @@ def test_equal_prompts_get_samples_of_their_own(judged):
     assert [row.token_ids for row in alone] == rows[0]
     other = judged.generate(ids[:1], seed=1, **arguments).streams[0]
     assert [row.token_ids for row in other] != rows[0]
+
+
+def test_random_gate_withdraws_its_share_whatever_the_head_says(make_model):
+    model = make_model("llama", trained=True)
+    model.config._adapter_config.trained_parts = ["agreement"]
+    prompts = torch.randint(2, 60, (4, 6))
+
+    def rolled(rate):
+        out = model.generate(
+            prompts,
+            num_streams=3,
+            block_size=4,
+            max_new_tokens=40,
+            do_sample=True,
+            eos_token_id=None,
+            agreement_threshold=0.5,
+            interventions=[RandomGate(rate, seed=3)],
+            return_dict_in_generate=True,
+        )
+        assert out.trace.settings["interventions"] == ["random_gate"]
+        first = [event for event in out.trace.events if event.get("attempt") == 0 and event["kind"] != "plan"]
+        return len(out.trace.of_kind("rollback")) / len(first)
+
+    assert rolled(0.0) == 0.0
+    assert 0.1 < rolled(0.3) < 0.5
+    # Of the rows of a prompt that fail together only one is withdrawn per pass, but each in its turn.
+    assert rolled(1.0) == 1.0
+    with pytest.raises(ValueError, match=r"RandomGate.rate must be in \[0, 1\], got 2"):
+        RandomGate(2)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import PDTForParallelDecoding
+from modeling_pdt.interventions import RandomGate
 
 from ..branches import build_rollout, build_targets
 from ..collator import PDTDataCollator
@@ -242,12 +243,15 @@ class Evaluation:
         return rate_dict(bootstrap_rate((sum(flags), len(flags)) for flags in by_document.values()))
 
     def rollback(self) -> dict[str, Any]:
-        """Section `rollback`: the calibrated gate with fresh notes, beside no gate and the stale-notes control."""
+        """Section `rollback`: the calibrated gate, beside no gate, stale notes, and blocks chosen at random."""
         threshold = self.model.generation_config.agreement_threshold
         self.write("pdt")
         self.write("pdt_gate", agreement_threshold=threshold)
         self.write("pdt_gate_stale", agreement_threshold=threshold, retry_policy="stale")
-        names = {"none": "pdt", "head": "pdt_gate", "head_stale": "pdt_gate_stale"}
+        rolled = rollback_counts(self.counts["pdt_gate"], self.written["pdt_gate"].events)
+        chance = RandomGate(rolled["blocks_rolled"] / max(1, rolled["blocks"]), self.arguments.eval_seed)
+        self.write("pdt_gate_random", agreement_threshold=0.5, interventions=[chance])
+        names = {"none": "pdt", "head": "pdt_gate", "head_stale": "pdt_gate_stale", "random": "pdt_gate_random"}
         return {name: rollback_counts(self.counts[mode], self.written[mode].events) for name, mode in names.items()}
 
     @torch.no_grad()
