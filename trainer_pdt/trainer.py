@@ -249,7 +249,9 @@ class PDTTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         staging = run_dir / f".saving-{name}"
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            # What a killed run was writing, at whatever step it was.
+            for unfinished in run_dir.glob(".saving-*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")

@@ -135,7 +135,7 @@ def test_interventions_by_name():
     made = make_interventions(["swap", "gate_zero"])
     assert [type(one) for one in made] == [Swap, GateZero]
     assert set(INTERVENTIONS) == {
-        *("ablate", "zero_notes", "gate_zero", "swap", "stale", "norm_scramble", "self_only")
+        *("ablate", "zero_notes", "gate_zero", "swap", "stale", "norm_scramble", "self_only", "random_gate")
     }
     with pytest.raises(ValueError, match=r"interventions must be of \['ablate', .*\], got \['swop'\]"):
         make_interventions(["swap", "swop"])

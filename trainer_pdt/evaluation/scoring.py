@@ -141,6 +141,17 @@ def precision_recall_curve(decisions: Iterable[Sequence[tuple[float, bool]]]) ->
     return curve
 
 
+def best_f1_threshold(curve: Sequence[Sequence[float]]) -> float:
+    """
+    The threshold of a `[recall, precision, threshold]` curve with the best F1; the lowest of equals.
+
+    The stated rule of the coverage threshold.
+    """
+    if not curve:
+        raise ValueError("the curve is empty: no item was ever covered; give more documents.")
+    return max(curve, key=lambda point: (2 * point[0] * point[1] / (point[0] + point[1] or 1), -point[2]))[2]
+
+
 def rollback_counts(counts: Sequence[DocumentCounts], events: Sequence[Sequence[dict]]) -> dict[str, Any]:
     """Consistent and contradictory references, the same-round rate, and blocks rolled back."""
     judged = [r for count in counts for r in count.select(None, lambda r: r.timing in ("feasible", "pending", "same"))]

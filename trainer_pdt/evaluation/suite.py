@@ -31,6 +31,7 @@ from .modes import (
 )
 from .scoring import (
     auroc,
+    best_f1_threshold,
     count_written,
     coverage_decisions,
     plan_adherence,
@@ -127,6 +128,7 @@ class Evaluation:
         )
         self.written: dict[str, Written] = {}
         self.counts: dict[str, list[DocumentCounts]] = {}
+        self._calibration: tuple[list[Document], Written] | None = None
 
     def write(self, mode: str, **options: Any) -> Written:
         """Documents of a parallel mode with the commit gate off, written once."""
@@ -135,6 +137,14 @@ class Evaluation:
             options = {"agreement_threshold": None, **options}
             self._keep(mode, write_parallel(self.model, self.tokenizer, self.documents, **self._common(), **options))
         return self.written[mode]
+
+    def calibration(self) -> tuple[list[Document], Written]:
+        """Validation documents and what the model writes for them: thresholds are set on nothing else."""
+        if self._calibration is None:
+            documents = held_out_documents("validation", self.arguments.calibration_documents, 0)
+            written = write_parallel(self.model, self.tokenizer, documents, agreement_threshold=None, **self._common())
+            self._calibration = documents, written
+        return self._calibration
 
     def _common(self) -> dict[str, int]:
         return {"batch_size": self.arguments.decode_batch, "seed": self.arguments.eval_seed}
@@ -186,8 +196,14 @@ class Evaluation:
         return swapped_rates(self.documents, own.texts, other.texts, self.lag, self.capacity)
 
     def coverage(self) -> dict[str, Any]:
-        """Section `coverage`: own items at the end of every block, on the model's own text."""
+        """Section `coverage`: own items at the end of every block, on the model's own text; sets the threshold."""
+        documents, calibration = self.calibration()
+        curve = precision_recall_curve(coverage_decisions(documents, calibration.texts, calibration.events))
         threshold = self.model.generation_config.coverage_threshold
+        if curve:
+            threshold = self.model.generation_config.coverage_threshold = best_f1_threshold(curve)
+        else:
+            logger.warning("no validation text states a plan item: coverage_threshold stays %s", threshold)
         written = self.write("pdt")
         decisions = coverage_decisions(self.documents, written.texts, written.events)
         documents = held_out_documents("test", self.arguments.core_documents, 0, heldout_wordings=True)
@@ -199,13 +215,13 @@ class Evaluation:
                 coverage_decisions(documents, unseen.texts, unseen.events), threshold
             ),
             "curve": precision_recall_curve(decisions),
+            "threshold": threshold,
         }
 
     def agreement(self) -> dict[str, Any]:
         """Section `agreement`: planted contradictions and the model's own text, with controls; sets the threshold."""
         logger.info("scoring blocks: planted contradictions, own text")
-        calibration = held_out_documents("validation", self.arguments.calibration_documents, 0)
-        written = write_parallel(self.model, self.tokenizer, calibration, agreement_threshold=None, **self._common())
+        calibration, written = self.calibration()
         own = [block_scores.document_from_texts(d, t) for d, t in zip(calibration, written.texts, strict=True)]
         threshold = block_scores.threshold_by_false_alarms(self.score(own))
         self.model.generation_config.agreement_threshold = threshold
@@ -284,14 +300,23 @@ class Evaluation:
         return {**{name: value / count for name, value in sums.items()}, "tokens": count}
 
     def speed(self) -> dict[str, Any]:
-        """Section `speed`: wall clock against one stream, and against plain batched decoding."""
-        logger.info("timing")
-        documents = self.documents[: self.arguments.speed_documents]
-        return {
-            "parallel_vs_single": parallel_vs_single(self.model, self.tokenizer, documents),
-            "overhead_vs_shared_prefill": overhead_vs_shared_prefill(self.model, self.tokenizer, documents),
-            "threads": torch.get_num_threads(),
-        }
+        """
+        Section `speed`: wall clock against one stream, and against plain batched decoding.
+
+        Timed on one thread: with one prompt in the batch the work per call is too small to be shared, and waking a
+        second thread for it costs more than it does.
+        """
+        logger.info("timing on one thread")
+        documents, threads = self.documents[: self.arguments.speed_documents], torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return {
+                "parallel_vs_single": parallel_vs_single(self.model, self.tokenizer, documents),
+                "overhead_vs_shared_prefill": overhead_vs_shared_prefill(self.model, self.tokenizer, documents),
+                "threads": torch.get_num_threads(),
+            }
+        finally:
+            torch.set_num_threads(threads)
 
     def examples(self, count: int = 3) -> list[dict[str, Any]]:
         """Section `examples`: whole answers written with the gate on, token by token, with their events."""

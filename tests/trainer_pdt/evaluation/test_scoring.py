@@ -7,6 +7,7 @@ from trainer_pdt.data.schema import Document, PlanItem, Stream
 from trainer_pdt.evaluation.scoring import (
     TIMINGS,
     auroc,
+    best_f1_threshold,
     count_written,
     coverage_decisions,
     plan_adherence,
@@ -211,3 +212,11 @@ def test_auroc_is_the_share_of_pairs_in_order():
     pairs = [(high, low) for high in wrong for low in clean]
     expected = sum((high > low) + (high == low) / 2 for high, low in pairs) / len(pairs)
     assert auroc(scores, labels) == pytest.approx(expected)
+
+
+def test_best_f1_threshold():
+    assert best_f1_threshold([[1.0, 0.5, 0.2], [0.8, 0.8, 0.4], [0.6, 0.9, 0.6]]) == 0.4
+    assert best_f1_threshold([[0.8, 0.8, 0.4], [0.8, 0.8, 0.6]]) == 0.4
+    assert best_f1_threshold([[0.0, 0.0, 0.4]]) == 0.4
+    with pytest.raises(ValueError, match="the curve is empty"):
+        best_f1_threshold([])
