@@ -18,8 +18,10 @@ from .tables import MODES, measure, part
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#222222", "#767676", "#DDDDDD"
 MODE_COLORS = {
-    **dict.fromkeys(("pdt", "pdt_core"), BLUE),
-    **dict.fromkeys(("sequential", "sequential_core", "full_text"), GREEN),
+    **dict.fromkeys(("pdt", "pdt_core", "pdt_hard"), BLUE),
+    **dict.fromkeys(
+        (f"{mode}{kind}" for mode in ("sequential", "full_text") for kind in ("", "_core", "_hard")), GREEN
+    ),
     **dict.fromkeys(("swapped_follow", "swapped_own"), PURPLE),
 }
 """Colours by group of modes: notes on, references with text, swapped notes; all others are controls without notes."""
