@@ -331,14 +331,14 @@ class ParallelDecoder:
         streams, settings = self.streams, self.settings
         scores = [None] * len(rows_M) if agreement_M is None else agreement_M.tolist()
         threshold = settings.agreement_threshold
-        decisions = zip(rows_M.tolist(), scores, withdrawn_M.tolist(), coverage, strict=True)
-        for row, score, withdrawn, covered in decisions:
-            start, end = int(streams.block_start_R[row]), int(streams.fed_R[row])
-            attempt = int(streams.attempt_R[row])
+        state = (streams.block_start_R, streams.fed_R, streams.round_R, streams.attempt_R)
+        places = torch.stack([rows_M, *(values[rows_M] for values in state)], dim=1).tolist()
+        decisions = zip(places, scores, withdrawn_M.tolist(), coverage, strict=True)
+        for (row, start, end, round_number, attempt), score, withdrawn, covered in decisions:
             event = {
                 "prompt": row // settings.num_streams,
                 "stream": row % settings.num_streams,
-                "round": int(streams.round_R[row]),
+                "round": round_number,
                 "attempt": attempt,
                 "start": start,
                 "end": end,
