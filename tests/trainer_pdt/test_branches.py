@@ -216,3 +216,21 @@ def test_agreement_loss_names_the_tokens_that_disagree(batch):
     agreement_loss(right, tokens, view).backward()
     assert torch.equal(tokens.grad != 0, judged)
     assert (tokens.grad[planted & judged] > 0).all() and (tokens.grad[judged & ~planted] < 0).all()
+
+
+def test_teacher_publishes_only_blocks_that_have_true_notes(model, batch, tmp_path):
+    rollouts = []
+
+    class Spy:
+        config = model.config
+
+        def __call__(self, *args, **kwargs):
+            rollouts.append(kwargs.get("rollout"))
+            return model(*args, **kwargs)
+
+    branches_of(Spy(), batch, stage(["lm_ce", "notes"]), tmp_path)
+    told = batch["note_mask"].any(dim=2)
+    assert (batch["block_exists"] & ~told).any()
+    student, teacher = rollouts
+    assert student.keep_RV is None and student.teacher_RV is None
+    assert torch.equal(teacher.teacher_RV, told) and torch.equal(teacher.keep_RV, told)
