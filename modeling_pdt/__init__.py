@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .conditioning_check import ConditioningCheck
 from .configuration_adapter import PDTAdapterConfig
 from .configuration_generation import PDTGenerationConfig
 from .configuration_pdt import PDTConfig
@@ -14,6 +15,7 @@ AutoModel.register(PDTConfig, PDTForParallelDecoding, exist_ok=True)
 AutoModelForCausalLM.register(PDTConfig, PDTForParallelDecoding, exist_ok=True)
 
 __all__ = [
+    "ConditioningCheck",
     "PDTAdapterConfig",
     "PDTConfig",
     "PDTForParallelDecoding",

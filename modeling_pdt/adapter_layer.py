@@ -1,6 +1,6 @@
 """The trunk's stack of decoder layers with PDT's parameters beside it: one PEFT layer around the whole stack."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ class PDTStack(nn.Module, BaseTunerLayer):
     """
     Runs the frozen stack in two halves and conditions the upper one on notes and streams.
 
-    SNC acts between layers: on the input of every instrumented layer and on the output of the last one. A stream
-    adapter acts on the output of every instrumented layer. All three containers are keyed by adapter name.
+    SNC acts where `snc_placement` says: between layers, or inside the instrumented ones. A stream adapter acts on the
+    output of every instrumented layer; between layers it comes before SNC. All three containers are keyed by adapter
+    name.
 
     Args:
         base_layer (`nn.Module`): The trunk's stack.
@@ -91,8 +92,9 @@ class PDTStack(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def _sites(config: PDTAdapterConfig) -> list[int]:
-        """Boundaries at which SNC acts: i is the input of layer i."""
-        return [*config.instrumented_layers, config.instrumented_layers[-1] + 1]
+        """Where SNC acts. Between layers: i is the input of layer i. After attention: i is inside layer i."""
+        layers = config.instrumented_layers
+        return layers if config.snc_placement == "after_attention" else [*layers, layers[-1] + 1]
 
     @property
     def active(self) -> str:
@@ -114,7 +116,7 @@ class PDTStack(nn.Module, BaseTunerLayer):
 
     @property
     def snc(self) -> nn.ModuleList:
-        """SNC sites of the active adapter, from the lowest boundary up."""
+        """SNC sites of the active adapter, from the lowest up."""
         return self.pdt_snc[self.active]
 
     def project_notes(
@@ -167,18 +169,26 @@ class PDTStack(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return run_upper(self.base_layer, tap, collect=collect)
         config = self.pdt_configs[self.active]
-        sites = {boundary: index for index, boundary in enumerate(self._sites(config))}
-        adapters = {layer + 1: index for index, layer in enumerate(config.instrumented_layers)}
-        stream_adapters = self.pdt_stream_adapters[self.active]
+        acts, reads = {}, {}
+        if stream_ids is not None:
+            modules = self.pdt_stream_adapters[self.active]
+            outputs = (layer + 1 for layer in config.instrumented_layers)
+            acts = {
+                place: partial(module, stream_RT=stream_ids) for place, module in zip(outputs, modules, strict=True)
+            }
+        if note_states is not None:
+            sites = enumerate(zip(self._sites(config), self.snc, strict=True))
+            reads = {place: partial(snc, note_states=note_states, site=site) for site, (place, snc) in sites}
+        after_attention = config.snc_placement == "after_attention"
 
         def between(boundary: int, hidden: torch.Tensor) -> torch.Tensor:
-            if stream_ids is not None and boundary in adapters:
-                hidden = stream_adapters[adapters[boundary]](hidden, stream_ids)
-            if note_states is not None and boundary in sites:
-                hidden = self.snc[sites[boundary]](hidden, note_states, sites[boundary])
+            if boundary in acts:
+                hidden = acts[boundary](hidden)
+            if boundary in reads and not after_attention:
+                hidden = reads[boundary](hidden)
             return hidden
 
-        return run_upper(self.base_layer, tap, between, collect)
+        return run_upper(self.base_layer, tap, between, collect, reads if after_attention else None)
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from torch import nn
 
 from .adapter_layer import PDTStack, parameter_path_components
 from .configuration_adapter import PDTAdapterConfig
-from .trunk_split import check_trunk
+from .trunk_split import check_layer_parts, check_trunk
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
@@ -48,6 +48,8 @@ class PDTTuner(BaseTuner):
             check_adapter_name(adapter_name, model)
             trunk_config = model.config.get_text_config(decoder=True)
             config.resolve(trunk_config.hidden_size, trunk_config.num_hidden_layers, trunk_config.num_attention_heads)
+            if config.snc_placement == "after_attention":
+                check_layer_parts(getattr(model, name), config.instrumented_layers)
         except Exception:
             if len(self.peft_config) > 1:
                 self.peft_config.pop(adapter_name, None)

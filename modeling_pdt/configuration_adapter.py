@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
+SNC_PLACEMENTS = ("between", "after_attention")
 SNC_INITS = ("trunk_space", "zero")
 GATE_MODES = ("scalar", "per_head", "dynamic")
 # Head names that carry a ``trained`` flag; decoding uses a head's verdict only after it was trained.
@@ -51,6 +52,10 @@ class PDTAdapterConfig(PeftConfig):
         snc_heads (`int`, *optional*):
             Attention heads of shared-notes cross-attention. Defaults to the trunk's number of attention heads when
             it divides the trunk's width, else the largest power of two that does.
+        snc_placement (`str`, *optional*, defaults to `"between"`):
+            `"between"`: SNC acts between layers, on the input of every instrumented layer and on the output of the
+            last one. `"after_attention"`: inside every instrumented layer, on the residual stream after attention and
+            before the norm of the MLP; needs decoder layers of the usual pre-norm form.
         snc_init (`str`, *optional*, defaults to `"trunk_space"`):
             `"trunk_space"`: projections start as (sub-)identities, so that a note acts as a trunk state.
             `"zero"`: as before with the output projection at zero, so that the model starts as its trunk.
@@ -70,6 +75,10 @@ class PDTAdapterConfig(PeftConfig):
             Parts that have been trained, of `TRAINABLE_PARTS`; written by the trainer.
         trunk_hidden_size, trunk_num_layers (`int`, *optional*):
             Shape of the trunk, filled in when the adapter is injected and checked when it is loaded.
+        target_modules (`str` or `list[str]`, *optional*):
+            Name of the trunk's stack of decoder layers, filled in when the adapter is injected.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            PEFT reads it; without effect here, where one module is wrapped.
     """
 
     num_streams: int = field(default=3, metadata={"help": "Streams trained with."})
@@ -79,6 +88,7 @@ class PDTAdapterConfig(PeftConfig):
         default=None, metadata={"help": "Count of top layers or explicit layer indices that read the bus."}
     )
     snc_heads: int | None = field(default=None, metadata={"help": "Heads of shared-notes cross-attention."})
+    snc_placement: str = field(default="between", metadata={"help": "between or after_attention."})
     snc_init: str = field(default="trunk_space", metadata={"help": "trunk_space or zero."})
     gate_mode: str = field(default="scalar", metadata={"help": "scalar, per_head or dynamic."})
     gate_init: float = field(default=0.0, metadata={"help": "Initial gate logit."})
@@ -104,6 +114,7 @@ class PDTAdapterConfig(PeftConfig):
         for name in ("notes_dim", "snc_heads"):
             if getattr(self, name) is not None:
                 check_integer(owner, name, getattr(self, name), 1)
+        check_choice(owner, "snc_placement", self.snc_placement, SNC_PLACEMENTS)
         check_choice(owner, "snc_init", self.snc_init, SNC_INITS)
         check_choice(owner, "gate_mode", self.gate_mode, GATE_MODES)
         check_range(owner, "gate_init", self.gate_init, -20, 20)

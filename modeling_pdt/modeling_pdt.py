@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from .adapter_layer import PDTStack, expand_stream_ids, restrict_to_streams
 from .adapter_model import register_pdt
+from .conditioning_check import ConditioningCheck, check_conditioning
 from .configuration_adapter import PDTAdapterConfig
 from .configuration_generation import PDTGenerationConfig
 from .configuration_pdt import PDTConfig
@@ -35,7 +36,7 @@ from .hub_layout import (
 )
 from .note_states import NoteStates
 from .outputs import ParallelGenerateOutput, PDTOutput
-from .rollout import Rollout, agreement_logits, coverage_logits, run_bus
+from .rollout import Rollout, run_rollout, window_with_plan
 from .trunk_split import TapState
 
 # What the generation configuration takes over from the trunk's.
@@ -244,7 +245,7 @@ class PDTForParallelDecoding(PreTrainedModel):
         return self.trunk.get_output_embeddings()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Checkpoints the trunk's decoder layers; conditioning happens between them."""
+        """Checkpoints the trunk's decoder layers; conditioning stays outside what is recomputed."""
         self.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -254,6 +255,10 @@ class PDTForParallelDecoding(PreTrainedModel):
     def disable_adapter(self) -> AbstractContextManager:
         """Context in which the model is its trunk."""
         return self.peft.disable_adapter()
+
+    def check_conditioning(self) -> ConditioningCheck:
+        """See [`~conditioning_check.check_conditioning`]: worth a call after loading and before training."""
+        return check_conditioning(self)
 
     def project_notes(
         self, notes: torch.Tensor, notes_mask: torch.Tensor, gate_scale: float | torch.Tensor = 1.0
@@ -270,6 +275,8 @@ class PDTForParallelDecoding(PreTrainedModel):
         stream_ids: torch.Tensor | None = None,
         notes: torch.Tensor | None = None,
         notes_mask: torch.Tensor | None = None,
+        plan_slots: torch.Tensor | None = None,
+        plan_mask: torch.Tensor | None = None,
         note_states: NoteStates | None = None,
         rollout: Rollout | None = None,
         labels: torch.Tensor | None = None,
@@ -292,6 +299,8 @@ class PDTForParallelDecoding(PreTrainedModel):
                 a stream are not conditioned. `None`: no stream adapters, notes read everywhere.
             notes (`torch.Tensor` of shape `[R, W, N]`, *optional*), notes_mask (*optional*, `[R, W]` or `[R, T, W]`):
                 A ready window.
+            plan_slots (`torch.LongTensor` of shape `[R, P]`, *optional*), plan_mask (*optional*, `[R, P]`): Buckets of
+                the planner, 0 for none; their vectors stand before the window as snapshot 0.
             note_states (`NoteStates`, *optional*): The same, projected by [`project_notes`].
             rollout (`Rollout`, *optional*): Rows write their own notes and read their siblings'.
             labels (`torch.LongTensor` of shape `[R, T]`, *optional*): Equal to `input_ids`, -100 where not supervised.
@@ -301,16 +310,18 @@ class PDTForParallelDecoding(PreTrainedModel):
             output_hidden_states (`bool`, *optional*): Return the upper layers' inputs.
             planner_mask (`torch.BoolTensor` of shape `[R, T]`, *optional*): Prompt tokens; runs the planner head.
         """
-        if sum(part is not None for part in (notes, note_states, rollout)) > 1:
-            raise ValueError("Give at most one of notes, note_states and rollout.")
+        has_window = any(part is not None for part in (notes, notes_mask, plan_slots, plan_mask))
+        if has_window + (note_states is not None) + (rollout is not None) > 1:
+            raise ValueError("Give at most one of notes, note_states and rollout; plan_slots go with notes.")
         if tap is None:
             tap = self._lower(input_ids, attention_mask, position_ids, past_key_values, kwargs)
         stream_ids = expand_stream_ids(stream_ids, tap.hidden)
-        if notes is not None:
-            note_states = self._window(notes, notes_mask, stream_ids, gate_scale)
+        if has_window:
+            window, mask = window_with_plan(self.stack, notes, notes_mask, plan_slots, plan_mask)
+            note_states = self.project_notes(window, restrict_to_streams(mask, stream_ids), gate_scale)
         output = PDTOutput(tap=tap, past_key_values=past_key_values)
         if rollout is not None:
-            note_states = self._run_rollout(tap, rollout, stream_ids, gate_scale, output)
+            note_states = run_rollout(self.stack, tap, rollout, stream_ids, gate_scale, output)
         if planner_mask is not None:
             output.planner_logits = self.stack.heads.planner(tap.hidden.detach(), planner_mask.bool())
         collect = [] if output_hidden_states else None
@@ -342,37 +353,6 @@ class PDTForParallelDecoding(PreTrainedModel):
             past_key_values=past_key_values,
             layer_kwargs=layer_kwargs,
         )
-
-    def _window(
-        self,
-        notes: torch.Tensor,
-        notes_mask: torch.Tensor | None,
-        stream_ids: torch.Tensor | None,
-        gate_scale: float,
-    ) -> NoteStates:
-        if notes_mask is None:
-            notes_mask = torch.ones(notes.shape[:2], dtype=torch.bool, device=notes.device)
-        return self.project_notes(notes, restrict_to_streams(notes_mask, stream_ids), gate_scale)
-
-    def _run_rollout(
-        self,
-        tap: TapState,
-        rollout: Rollout,
-        stream_ids: torch.Tensor | None,
-        gate_scale: float,
-        output: PDTOutput,
-    ) -> NoteStates:
-        bus = run_bus(self.stack, tap, rollout, gate_scale)
-        output.notes, output.speculation = bus.teacher_RVKN, bus.written_RVKN
-        if rollout.wants_coverage or rollout.wants_agreement:
-            output.coverage_logits = coverage_logits(self.stack, tap, rollout, bus)
-        if rollout.wants_agreement:
-            output.agreement_logits, output.agreement_token_logits = agreement_logits(
-                self.stack, tap, rollout, bus, output.coverage_logits
-            )
-        if stream_ids is not None:
-            output.stream_logits = self.stack.heads.stream(tap.hidden.detach(), rollout.write_round_RT >= 0)
-        return bus.note_states
 
     def _anchor(self) -> torch.Tensor:
         """Zero, with every trainable parameter in its graph: no step leaves one without a gradient."""

@@ -12,6 +12,7 @@ from .adapter_layer import PDTStack
 from .bus import training_window
 from .heads import soft_minimum
 from .note_states import NoteStates
+from .outputs import PDTOutput
 from .trunk_split import TapState
 
 
@@ -98,6 +99,48 @@ def plan_vectors(stack: PDTStack, rollout: Rollout) -> tuple[torch.Tensor | None
     if rollout.plan_slots_BP is not None:
         return heads.embed_slots(rollout.plan_slots_BP), rollout.plan_mask_BP.bool()
     return None, None
+
+
+def window_with_plan(
+    stack: PDTStack,
+    notes: torch.Tensor | None,
+    notes_mask: torch.Tensor | None,
+    plan_slots: torch.Tensor | None,
+    plan_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A ready window of notes with the planner's items as snapshot 0 before it.
+
+    Args:
+        notes (`torch.Tensor` of shape `[R, W, N]`, *optional*), notes_mask (*optional*, `[R, W]` or `[R, T, W]`): A
+            missing mask shows every note.
+        plan_slots (`torch.LongTensor` of shape `[R, P]`, *optional*), plan_mask (*optional*, `[R, P]`): Buckets; 0 is
+            no item, and a missing mask shows all others.
+
+    Returns:
+        `(notes, mask)` of shapes `[R, P + W, N]` and `[R, P + W]` or `[R, T, P + W]`.
+
+    Raises:
+        ValueError: For a bucket outside the plan vocabulary, or a mask without what it masks.
+    """
+    if (notes is None and notes_mask is not None) or (plan_slots is None and plan_mask is not None):
+        raise ValueError("notes_mask goes with notes and plan_mask goes with plan_slots; one was given alone.")
+    if notes is not None and notes_mask is None:
+        notes_mask = torch.ones(notes.shape[:2], dtype=torch.bool, device=notes.device)
+    if plan_slots is None:
+        return notes, notes_mask
+    size = stack.heads.planner.embedding.num_embeddings
+    if bool(((plan_slots < 0) | (plan_slots >= size)).any()):
+        raise ValueError(
+            f"plan_slots must be in [0, {size - 1}], got {int(plan_slots.min())}..{int(plan_slots.max())}."
+        )
+    plan = stack.heads.embed_slots(plan_slots)
+    shown = plan_slots != 0 if plan_mask is None else plan_mask.bool()
+    if notes is None:
+        return plan, shown
+    if notes_mask.dim() == 3:
+        shown = shown[:, None].expand(-1, notes_mask.shape[1], -1)
+    return torch.cat([plan, notes], dim=1), torch.cat([shown, notes_mask.bool()], dim=-1)
 
 
 def gather_blocks(states_RTD: torch.Tensor, write_round_RT: torch.Tensor, block_size: int, rounds: int):
@@ -207,3 +250,36 @@ def agreement_logits(
     logits = stack.heads.agreement.token_logits(states, previous, notes, mask, own, coverage)
     rounds = torch.arange(rollout.rounds, device=states.device)[None, :, None]
     return soft_minimum(logits, write_round[:, None, :] == rounds), logits
+
+
+def run_rollout(
+    stack: PDTStack,
+    tap: TapState,
+    rollout: Rollout,
+    stream_ids: torch.Tensor | None,
+    gate_scale: float,
+    output: PDTOutput,
+) -> NoteStates:
+    """
+    Notes, window and heads of whole rows.
+
+    Args:
+        stack (`PDTStack`), tap (`TapState`), rollout (`Rollout`): The rows.
+        stream_ids (`torch.LongTensor` of shape `[R, T]`, *optional*): Runs the stream head.
+        gate_scale (`float`): Multiplies the SNC gate.
+        output (`PDTOutput`): Receives notes and logits of the heads.
+
+    Returns:
+        `NoteStates`: what every token may read.
+    """
+    bus = run_bus(stack, tap, rollout, gate_scale)
+    output.notes, output.speculation = bus.teacher_RVKN, bus.written_RVKN
+    if rollout.wants_coverage or rollout.wants_agreement:
+        output.coverage_logits = coverage_logits(stack, tap, rollout, bus)
+    if rollout.wants_agreement:
+        output.agreement_logits, output.agreement_token_logits = agreement_logits(
+            stack, tap, rollout, bus, output.coverage_logits
+        )
+    if stream_ids is not None:
+        output.stream_logits = stack.heads.stream(tap.hidden.detach(), rollout.write_round_RT >= 0)
+    return bus.note_states

@@ -4,16 +4,20 @@ Letters: R rows, T tokens, D trunk width.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 STACK_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -91,20 +95,92 @@ def check_trunk(trunk: nn.Module) -> str:
     return name
 
 
-def run_layers(stack: nn.Module, hidden: torch.Tensor, state: TapState, first: int, last: int) -> torch.Tensor:
-    """Decoder layers `first` to `last - 1` of the trunk on `hidden` `[R, T, D]`."""
-    types = layer_types(stack.config)
-    for index in range(first, last):
-        hidden = stack.layers[index](
-            hidden,
-            attention_mask=state.masks[types[index]],
-            position_embeddings=state.position_embeddings,
-            position_ids=state.position_ids,
-            past_key_values=state.cache,
-            use_cache=state.cache is not None,
-            **state.layer_kwargs,
-        )
-    return hidden
+def check_layer_parts(stack: nn.Module, layers: Iterable[int]) -> None:
+    """
+    Whether something can act inside these layers, between attention and MLP; see [`run_parts`].
+
+    Args:
+        stack (`nn.Module`): The trunk's decoder stack.
+        layers (`Iterable[int]`): Indices of the layers.
+
+    Raises:
+        ValueError: Naming what a layer has in place of the usual parts.
+    """
+    for index in layers:
+        layer = stack.layers[index]
+        parts = [name for name, _ in layer.named_children()]
+        scales = [name for name, value in vars(layer).items() if isinstance(value, float) and value != 1.0]
+        if set(parts) != set(LAYER_PARTS) or scales or not isinstance(layer, GradientCheckpointingLayer):
+            raise ValueError(
+                f"snc_placement='after_attention' needs layers that are a transformers GradientCheckpointingLayer of "
+                f"{list(LAYER_PARTS)} with unscaled residuals; layer {index} is a {type(layer).__name__} of {parts}"
+                f"{f' with factors {scales}' if scales else ''}. Use snc_placement='between'."
+            )
+
+
+def attention_part(layer: nn.Module, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """First half of a decoder layer: `hidden` `[R, T, D]` with what attention adds."""
+    return hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **arguments)[0]
+
+
+def mlp_part(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Second half of a decoder layer; a mixture of experts also returns its router's scores."""
+    update = layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + (update[0] if isinstance(update, tuple) else update)
+
+
+def run_parts(
+    layer: nn.Module, hidden: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor], **arguments: Any
+) -> torch.Tensor:
+    """
+    A decoder layer with `act` on its residual stream between attention and MLP.
+
+    Under gradient checkpointing each half is recomputed by itself from the states it was given. `act` runs outside
+    both, so that what it reads need not pass through a recomputed region.
+    """
+    if not (layer.gradient_checkpointing and layer.training):
+        return mlp_part(layer, act(attention_part(layer, hidden, **arguments)))
+    # A recomputed attention would append to the cache a second time; the trunk's own layers drop it likewise.
+    arguments.update(past_key_values=None, use_cache=False)
+    checkpoint = layer._gradient_checkpointing_func
+    return checkpoint(partial(mlp_part, layer), act(checkpoint(partial(attention_part, layer, **arguments), hidden)))
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Calls of `module` run `forward`, within the module's own hooks, as units of FSDP need it."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def run_layer(
+    stack: nn.Module,
+    index: int,
+    hidden: torch.Tensor,
+    state: TapState,
+    act: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Decoder layer `index` of the trunk on `hidden` `[R, T, D]`, with `act` between its attention and its MLP."""
+    layer = stack.layers[index]
+    call = partial(
+        layer,
+        attention_mask=state.masks[layer_types(stack.config)[index]],
+        position_embeddings=state.position_embeddings,
+        position_ids=state.position_ids,
+        past_key_values=state.cache,
+        use_cache=state.cache is not None,
+        **state.layer_kwargs,
+    )
+    if act is None:
+        return call(hidden)
+    with replaced_forward(layer, partial(run_parts, layer, act=act)):
+        return call(hidden)
 
 
 def run_lower(
@@ -149,7 +225,9 @@ def run_lower(
         }
     embeddings = stack.rotary_emb(hidden, position_ids)
     state = TapState(hidden, position_ids, embeddings, masks, past_key_values, split, layer_kwargs or {})
-    return replace(state, hidden=run_layers(stack, hidden, state, 0, split))
+    for index in range(split):
+        hidden = run_layer(stack, index, hidden, state)
+    return replace(state, hidden=hidden)
 
 
 def run_upper(
@@ -157,6 +235,7 @@ def run_upper(
     tap: TapState,
     between: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     collect: list[torch.Tensor] | None = None,
+    after_attention: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None,
 ) -> torch.Tensor:
     """
     Layers from the split on, and the final norm.
@@ -168,16 +247,19 @@ def run_upper(
             number of layers to the output of the last one. It runs outside the layers, so a layer recomputed for
             gradient checkpointing receives its result as an ordinary input.
         collect (`list`, *optional*): Receives the input of every upper layer.
+        after_attention (`Mapping`, *optional*): By layer index, a function of the layer's residual stream after
+            attention. Gradient checkpointing recomputes what is before and after it, not the function itself.
 
     Returns:
         `torch.Tensor` of shape `[R, T, D]`: what the language-model head reads.
     """
     hidden = tap.hidden
     last = len(stack.layers)
+    after_attention = after_attention or {}
     for index in range(tap.split, last):
         hidden = between(index, hidden) if between is not None else hidden
         if collect is not None:
             collect.append(hidden)
-        hidden = run_layers(stack, hidden, tap, index, index + 1)
+        hidden = run_layer(stack, index, hidden, tap, after_attention.get(index))
     hidden = between(last, hidden) if between is not None else hidden
     return stack.norm(hidden)

@@ -157,6 +157,40 @@ def test_notes_twice_are_refused(model, make_batch, conditioning):
         logits(model, make_batch(), **conditioning, note_states=states)
 
 
+@torch.no_grad()
+def test_plan_slots_stand_before_the_window(trunk, make_batch, conditioning, randomize):
+    batch, model = make_batch(), randomize(composite(trunk))
+    slots = torch.tensor([[3, 0, 7], [0, 0, 0], [5, 1, 0]])
+    mask = torch.arange(7) < torch.tensor([7, 7, 3])[:, None]
+    by_hand = {
+        "notes": torch.cat([model.stack.heads.embed_slots(slots), conditioning["notes"]], dim=1),
+        "notes_mask": torch.cat([slots != 0, mask], dim=1),
+    }
+    expected = logits(model, batch, **{**conditioning, **by_hand})
+    assert torch.equal(logits(model, batch, **conditioning, notes_mask=mask, plan_slots=slots), expected)
+    per_token = mask[:, None].expand(3, 20, 7)
+    torch.testing.assert_close(logits(model, batch, **conditioning, notes_mask=per_token, plan_slots=slots), expected)
+    streams = {"stream_ids": conditioning["stream_ids"]}
+    silent = logits(model, batch, **streams)
+    assert torch.equal(logits(model, batch, **streams, plan_slots=slots, plan_mask=torch.zeros(3, 3)), silent)
+    shown = logits(model, batch, **streams, plan_slots=slots)
+    assert (shown - silent).abs().amax(dim=(1, 2)).gt(0).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"plan_slots": torch.tensor([[1, 512]] * 3)}, ("plan_slots", "[0, 511]", "1..512")),
+        ({"plan_mask": torch.ones(3, 2)}, ("plan_mask goes with plan_slots",)),
+        ({"notes_mask": torch.ones(3, 2)}, ("notes_mask goes with notes",)),
+    ],
+)
+def test_impossible_plan_slots_are_refused(trunk, make_batch, fields, words):
+    with pytest.raises(ValueError) as error:
+        logits(composite(trunk), make_batch(), **fields)
+    assert all(word in str(error.value) for word in words)
+
+
 # --- life of the object ---
 
 

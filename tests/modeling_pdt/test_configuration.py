@@ -3,9 +3,11 @@
 import copy
 import json
 import pickle
+import re
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftConfig
 
 from modeling_pdt import PDTAdapterConfig, PDTConfig, PDTForParallelDecoding, PDTGenerationConfig
 from modeling_pdt.hub_layout import read_adapter_config
@@ -16,8 +18,17 @@ def test_adapter_defaults():
     assert config.peft_type == "PDT"
     assert (config.num_streams, config.notes_per_block, config.adapter_bottleneck) == (3, 4, 32)
     assert (config.num_plan_slots, config.plan_vocab_size, config.plan_dim) == (8, 512, 64)
-    assert (config.snc_init, config.gate_mode, config.gate_init) == ("trunk_space", "scalar", 0.0)
+    assert (config.snc_placement, config.snc_init) == ("between", "trunk_space")
+    assert (config.gate_mode, config.gate_init) == ("scalar", 0.0)
     assert config.notes_dim is None and config.instrumented_layers is None and config.trained_parts == []
+
+
+def test_every_own_field_is_documented():
+    own = set(PDTAdapterConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
+    missing = [
+        name for name in sorted(own) if not re.search(rf"^ +(\w+, )?{name}[ ,]", PDTAdapterConfig.__doc__, re.M)
+    ]
+    assert not missing
 
 
 @pytest.mark.parametrize(
@@ -69,6 +80,7 @@ def test_default_heads_are_a_power_of_two_that_divides_the_width(width, heads, e
         ("plan_dim", 0, ">= 1"),
         ("plan_vocab_size", 1, ">= 2"),
         ("snc_init", "random", "trunk_space"),
+        ("snc_placement", "after_block", "after_attention"),
         ("gate_mode", "hard", "per_head"),
         ("gate_init", 21, "[-20, 20]"),
         ("gate_init", float("nan"), "[-20, 20]"),
@@ -123,7 +135,8 @@ def test_adapter_unknown_key_is_an_error(tmp_path):
 
 
 def test_adapter_round_trip(tmp_path):
-    config = PDTAdapterConfig(notes_dim=8, gate_mode="per_head", instrumented_layers=[2, 3], trained_parts=["snc"])
+    choices = {"gate_mode": "per_head", "snc_placement": "after_attention", "trained_parts": ["snc"]}
+    config = PDTAdapterConfig(notes_dim=8, instrumented_layers=[2, 3], **choices)
     config.resolve(32, 4, 4)
     config.save_pretrained(tmp_path / "adapter")
     again = read_adapter_config(str(tmp_path), "adapter", {})

@@ -7,14 +7,17 @@ import torch
 
 from modeling_pdt import PDTForParallelDecoding
 
+PLACEMENTS = ("between", "after_attention")
+
 
 def losses(model, batch) -> torch.Tensor:
     return model(**batch.inputs, labels=batch.labels).loss
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama", "qwen3"])
-def test_every_parameter_joins_the_graph_and_the_trunk_does_not(make_model, make_batch, make_rollout, name):
-    model = make_model(name)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_parameter_joins_the_graph_and_the_trunk_does_not(make_model, make_batch, make_rollout, name, placement):
+    model = make_model(name, snc_placement=placement)
     for forward in (
         lambda: losses(model, make_rollout()),
         lambda: model(make_batch().ids).logits.sum(),
@@ -48,8 +51,9 @@ def test_true_notes_train_the_encoder(model, make_rollout):
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama", "qwen3"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_is_exact_with_a_teacher_pass_in_between(make_model, make_rollout, name, reentrant):
-    model = make_model(name, trained=True).train()
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_checkpointing_is_exact_with_a_teacher_pass_in_between(make_model, make_rollout, name, reentrant, placement):
+    model = make_model(name, trained=True, snc_placement=placement).train()
     batch, other = make_rollout(), make_rollout(lengths=[5, 9, 12, 3, 4, 13])
     teacher = {**batch.inputs, "stream_ids": batch.inputs["stream_ids"].roll(1, 0)}
     teacher["rollout"] = replace(batch.rollout, donor_R=torch.tensor([3, 4, 5, 0, 1, 2]))
@@ -75,19 +79,22 @@ def test_checkpointing_is_exact_with_a_teacher_pass_in_between(make_model, make_
         torch.testing.assert_close(actual[key], grad, atol=0, rtol=0, msg=key)
 
 
-def test_checkpointing_recomputes(make_model, make_rollout):
-    model, batch = make_model("llama", trained=True).train(), make_rollout()
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_checkpointing_recomputes(make_model, make_rollout, placement):
+    model, batch = make_model("llama", trained=True, snc_placement=placement).train(), make_rollout()
     model.gradient_checkpointing_enable()
-    calls = []
-    handle = model.stack.layers[-1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    calls, layer = [], model.stack.layers[-1]
+    for part in (layer.self_attn, layer.mlp, model.stack.snc[-1]):
+        part.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
     losses(model, batch).backward()
-    handle.remove()
-    assert len(calls) == 2
+    counts = [calls.count(name) for name in ("LlamaAttention", "LlamaMLP", "SharedNotesCrossAttention")]
+    assert counts == [2, 2, 1]
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama", "qwen3"])
-def test_autocast_trains_in_bfloat16(make_model, make_rollout, name):
-    model = make_model(name, trained=True, gate_mode="dynamic").train()
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_autocast_trains_in_bfloat16(make_model, make_rollout, name, placement):
+    model = make_model(name, trained=True, gate_mode="dynamic", snc_placement=placement).train()
     batch = make_rollout(items=4, true_notes=True)
     teacher = torch.rand(6, batch.rollout.rounds) < 0.5
     batch.inputs["rollout"] = replace(batch.rollout, teacher_RV=teacher, wants_coverage=True, wants_agreement=True)
