@@ -107,6 +107,7 @@ def main(args: list[str] | None = None) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     model = PDTForParallelDecoding.from_pretrained(arguments.model)
+    model.check_conditioning()
     decode(model, AutoTokenizer.from_pretrained(arguments.model), arguments)
 
 

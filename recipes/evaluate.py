@@ -29,6 +29,7 @@ def main(args: list[str] | None = None) -> dict:
     torch.set_num_threads(arguments.threads)
     folder = Path(arguments.output_folder)
     model = PDTForParallelDecoding.from_pretrained(arguments.model)
+    model.check_conditioning()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     evaluation = Evaluation(model, tokenizer, arguments)
     report: dict = {
