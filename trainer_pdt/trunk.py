@@ -62,7 +62,7 @@ class TrunkArguments:
         eval_every (`int`): Optimizer steps between evaluations.
     """
 
-    vocab_size: int = 1408
+    vocab_size: int = 1216
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4

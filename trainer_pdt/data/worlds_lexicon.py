@@ -25,7 +25,7 @@ POOLS: dict[str, tuple[str, ...]] = {
         "tree": "oak pine elm ash birch maple cedar willow beech fir larch alder poplar hazel cypress walnut yew "
         "spruce rowan palm",
         "flower": "rose lily tulip daisy iris poppy orchid lotus jasmine dahlia peony clover thistle heather marigold "
-        "aster lupin crocus primrose lavender",
+        "aster lupin crocus azalea lavender",
         "fabric": "silk wool linen velvet denim felt lace satin tweed canvas leather nylon fleece muslin calico suede "
         "damask corduroy jute cashmere",
         "drink": "tea coffee cider beer wine mead rum gin brandy cocoa milk ale juice vodka whisky lemonade sherry "
@@ -33,7 +33,7 @@ POOLS: dict[str, tuple[str, ...]] = {
         "instrument": "drum flute harp fiddle lute horn bell piano organ violin cello trumpet banjo guitar oboe tuba "
         "zither cymbal whistle bagpipe",
         "river": "Arvo Belm Corra Dunet Elsen Farro Gandel Hollin Istra Jorun Kessa Lomar Mirrow Nessar Orlan Pellin "
-        "Quorra Rendal Sovar Tamber",
+        "Wennar Rendal Sovar Tamber",
         "year": "1801 1807 1812 1816 1823 1829 1834 1838 1845 1847 1852 1859 1863 1868 1874 1876 1881 1887 1892 1896 "
         "1903 1905 1911 1918",
     }.items()
@@ -45,7 +45,7 @@ Anna Bruno Carla David Edith Felix Greta Hugo Irene Jacob Karin Lucas Maria Nils
 Viktor
 """)
 SURNAMES = _words("""
-Abbott Barlow Carter Dalton Emmett Foster Garner Harper Ingram Jensen Keller Lawson Mercer Norton Osborn
+Abbott Barlow Carter Dalton Easton Foster Garner Harper Ingram Jensen Keller Lawson Mercer Norton Osborn
 Palmer Ramsey Sutton Turner Weaver
 """)
 PERSON = "person"
@@ -111,7 +111,8 @@ def _cues(rows: str) -> dict[str, Cue]:
     cues = {}
     for row in rows.strip().splitlines():
         name, value_type, wording, first, second, *source = (part.strip() for part in row.split("|"))
-        wordings = (name, "the " + name, wording, first, second)
+        trained = (name, f"the {name}", f"facts about the {name}", f"{name} and its story")
+        wordings = (*trained, wording, f"{value_type}: {wording}", first, second)
         cues[name] = Cue(name, value_type, wordings, source[0] if source else None)
     return cues
 
