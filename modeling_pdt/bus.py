@@ -107,12 +107,12 @@ class NotesBus:
                 f"notes must have shape [M, {', '.join(map(str, self.notes_BSVKN.shape[3:]))}], "
                 f"got {list(notes_MKN.shape)}."
             )
-        if int(rounds.min()) < 0:
-            raise ValueError(f"rounds must be >= 0, got {int(rounds.min())}.")
-        self._grow(int(rounds.max()) + 1)
+        places = list(zip(*torch.stack([rounds, rows]).tolist(), strict=True))
+        if min(places)[0] < 0:
+            raise ValueError(f"rounds must be >= 0, got {min(places)[0]}.")
+        self._grow(max(places)[0] + 1)
         prompt, stream = rows // self.num_streams, rows % self.num_streams
-        places = torch.stack([rows, rounds], dim=1).unique(dim=0).shape[0]
-        if places < rows.numel() or bool(self.published_BSV[prompt, stream, rounds].any()):
+        if len(set(places)) < len(places) or bool(self.published_BSV[prompt, stream, rounds].any()):
             raise ValueError("a round is published once; withdraw it first.")
         self.notes_BSVKN[prompt, stream, rounds] = notes_MKN.to(self.notes_BSVKN)
         self.published_BSV[prompt, stream, rounds] = True

@@ -121,10 +121,14 @@ class RollbackLayer(DynamicLayer):
             self.unusable_R = self.unusable_R.repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows `indices`."""
+        """Keeps the rows `indices`, no more than there are; a row that keeps its place is not copied."""
         if self.is_initialized:
-            self._keys, self._values = self._keys[indices], self._values[indices]
-            self.unusable_R = self.unusable_R[indices.cpu()]
+            indices = indices.cpu()
+            self.unusable_R = self.unusable_R[indices]
+            places = (indices != torch.arange(len(indices))).nonzero().squeeze(1)
+            sources, places = indices[places].to(self.device), places.to(self.device)
+            self._keys[places], self._values[places] = self._keys[sources], self._values[sources]
+            self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -9,6 +9,7 @@ import torch
 
 from .bus import NotesBus
 from .heads import PDTHeads, soft_minimum
+from .plan import PlanEntry
 
 
 def coverage_of(
@@ -16,6 +17,20 @@ def coverage_of(
 ) -> torch.Tensor:
     """Probability `[M, P]` that the rows' text so far covers each plan item."""
     return heads.coverage(text_MLD, mask_ML[:, None, :], items_MPN)[:, 0].sigmoid()
+
+
+def own_coverage(
+    rows_M: torch.Tensor, coverage_MP: torch.Tensor | None, entries: list[list[PlanEntry]], num_streams: int
+) -> list[dict[int, float]]:
+    """Per row, the coverage of the items (`entries` of every prompt) that its stream owns, or that nobody owns."""
+    if coverage_MP is None:
+        return [{} for _ in rows_M]
+    result = []
+    for row, values in zip(rows_M.tolist(), coverage_MP.tolist(), strict=True):
+        prompt, stream = divmod(row, num_streams)
+        owned = enumerate(entries[prompt])
+        result.append({index: values[index] for index, entry in owned if entry.stream in (None, stream)})
+    return result
 
 
 def agreement_of(
@@ -88,4 +103,6 @@ def judge(
             return agreement, withdrawn
         withdrawn[chosen] = True
         bus.withdraw(rows_M[chosen], round_M[chosen])
+        if bool(withdrawn.all()):
+            return agreement, withdrawn
         agreement = torch.where(withdrawn, agreement, score())

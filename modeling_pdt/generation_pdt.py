@@ -12,12 +12,12 @@ import torch
 from .adapter_layer import restrict_to_streams
 from .bus import NotesBus
 from .cache import RollbackCache
-from .gate import agreement_of, coverage_of, judge
+from .gate import agreement_of, coverage_of, judge, own_coverage
 from .generation_inputs import Inputs, Settings, merge_generation_config, prepare_inputs
 from .interventions import WindowRequest
 from .note_states import NoteStates
 from .outputs import DecodingTrace, ParallelGenerateOutput, collect_output
-from .sampling import choose_tokens, history_free, keyed_uniform, process_logits, prompt_keys
+from .sampling import choose_tokens, fold_keys, history_free, keyed_uniform, process_logits, prompt_keys
 from .streaming import ParallelStreamer, parallel_streamer
 from .streams import StreamBatch
 from .trunk_split import TapState
@@ -121,10 +121,14 @@ class ParallelDecoder:
             inputs.plan_mask_BP,
             device,
         )
-        self.prompt_key_R = torch.tensor(prompt_keys(inputs.prompts), device=device)[self.streams.prompt_R]
+        self.head = model.get_output_embeddings()
+        prompt_key_R = torch.tensor(prompt_keys(inputs.prompts), device=device)[self.streams.prompt_R]
+        seed_R = torch.full_like(prompt_key_R, settings.seed)
+        self.key_R = fold_keys(seed_R, prompt_key_R, self.streams.stream_R)
         self.adapter_stream_R = self.streams.stream_R % model.config.num_streams
-        # A row without header starts at its last prompt token, which is not conditioned.
+        # A row without header starts, and starts again, at its last prompt token, which is not conditioned.
         self.headless_R = torch.tensor([not header for header in inputs.headers], device=device)
+        self.restarting = True
         self.note_states: NoteStates | None = None
         self.trace = DecodingTrace(settings={**vars(settings), "plan": inputs.plan_source})
         self.trace.settings["interventions"] = [intervention.name for intervention in inputs.interventions]
@@ -197,52 +201,62 @@ class ParallelDecoder:
         )
         self._refresh_window()
         hidden = self._upper(tap, stream_ids)
+        self.restarting = False
         last = (lengths_R - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         streams.tap_RLD[:, :1] = tap.hidden.gather(1, last).to(streams.tap_RLD.dtype)
         streams.position_R = streams.position_R + longest
         streams.rollback(longest - lengths_R)
-        return self.model.get_output_embeddings()(hidden.gather(1, last).squeeze(1))
+        return self.head(hidden.gather(1, last).squeeze(1))
 
     def _step(self) -> None:
         """One trunk call: consume a token per live row, exchange notes where a block is complete, choose the next."""
         streams = self.streams
-        live_R = streams.live_R
-        tap = self._lower(live_R)
+        tap = self._lower()
         streams.consume(tap.hidden)
         self.trace.calls += 1
-        counts_R = None
+        counts_R, retried = None, []
         # The one transfer per token: which rows stand at a boundary.
         at_boundary = streams.at_boundary(self.eos_ids).tolist()
-        retried: list[int] = []
         if any(at_boundary):
             rows_M = streams.rows_R[[row for row, flag in enumerate(at_boundary) if flag]]
             counts_R, retried = self._close_blocks(rows_M)
+            if not streams.live_rows:
+                return
             self._refresh_window()
-        choosing = [row for row in streams.live_rows if row not in retried]
-        if not choosing and not retried:
-            return
-        conditioned_R = ~self.headless_R | (streams.fed_R > 0)
-        stream_ids = torch.where(conditioned_R, self.adapter_stream_R, -1)[:, None]
-        hidden = self._upper(tap, stream_ids)
+        hidden = self._upper(tap, self._stream_ids())[:, 0]
         if retried:
             streams.rollback(counts_R)
-        if choosing:
-            rows_M = streams.rows_R[choosing]
-            self._choose(rows_M, self.model.get_output_embeddings()(hidden[rows_M, 0]))
+        kept_A = streams.drop_finished()
+        if kept_A is not None:
+            self.note_states, hidden = self.note_states.select_rows(kept_A), hidden[kept_A]
+        rows_M = streams.batch_A
+        if retried:
+            choosing = [place for place, row in enumerate(streams.batch_rows) if row not in retried]
+            rows_M, hidden = rows_M[choosing], hidden[choosing]
+        self.restarting = bool(retried)
+        if rows_M.numel():
+            self._choose(rows_M, self.head(hidden))
+
+    def _stream_ids(self) -> torch.Tensor:
+        """Stream `[A, 1]` of the tokens just consumed."""
+        stream_ids = self.adapter_stream_R
+        if self.restarting:
+            stream_ids = torch.where(self.headless_R & (self.streams.fed_R <= 0), -1, stream_ids)
+        return stream_ids[self.streams.batch_A, None]
 
     def _upper(self, tap: TapState, stream_ids: torch.Tensor) -> torch.Tensor:
         """The upper half; tokens without a stream read no notes."""
-        mask = restrict_to_streams(self.note_states.mask, stream_ids)
-        return self.stack.upper(tap, replace(self.note_states, mask=mask), stream_ids)
+        states = self.note_states
+        if self.restarting:
+            states = replace(states, mask=restrict_to_streams(states.mask, stream_ids), biases=())
+        return self.stack.upper(tap, states, stream_ids)
 
-    def _lower(self, live_R: torch.Tensor) -> TapState:
+    def _lower(self) -> TapState:
         streams = self.streams
-        mask = streams.append_mask(live_R)
-        ids = torch.where(live_R, streams.next_R, self.settings.pad_id)
         return self.stack.lower(
-            input_ids=ids[:, None],
-            attention_mask=mask,
-            position_ids=streams.position_R[:, None],
+            input_ids=streams.next_R[streams.batch_A, None],
+            attention_mask=streams.append_mask(),
+            position_ids=streams.position_R[streams.batch_A, None],
             past_key_values=streams.cache,
         )
 
@@ -259,16 +273,17 @@ class ParallelDecoder:
         return notes, mask
 
     def _refresh_window(self) -> None:
-        """Projects what every row may read now; once per exchange of notes."""
+        """Projects what every row of the batch may read now; once per exchange of notes."""
         streams, settings = self.streams, self.settings
-        lag_R = torch.full_like(streams.round_R, settings.bus_lag)
+        rows_A, lag_R = streams.batch_A, torch.full_like(streams.round_R, settings.bus_lag)
         if settings.retry_policy == "refresh":
             lag_R = torch.where(streams.attempt_R > 0, 0, lag_R)
-        notes, mask = self._request(streams.rows_R, streams.round_R, lag_R)
+        notes, mask = self._request(rows_A, streams.round_R[rows_A], lag_R[rows_A])
         scale = settings.gate_scale
         for intervention in self.inputs.interventions:
             scale = intervention.gate_scale(scale)
-        self.note_states = self.stack.project_notes(notes, mask, scale)
+        states = self.stack.project_notes(notes, mask, scale)
+        self.note_states = replace(states, biases=tuple(site.bias(states.mask) for site in self.stack.snc))
 
     def _close_blocks(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """Writes notes, judges, commits or withdraws; returns tokens to take back `[R]` and rows that write again."""
@@ -298,9 +313,10 @@ class ParallelDecoder:
                 agreement_M = score()
             else:
                 agreement_M, withdrawn_M = judge(self.bus, rows_M, round_M, may_retry, threshold, score)
-        coverage = self._own_coverage(rows_M, coverage_MP)
+        coverage = own_coverage(rows_M, coverage_MP, self.inputs.entries, self.settings.num_streams)
         self._record(rows_M, agreement_M, withdrawn_M, coverage)
-        self._commit(rows_M[~withdrawn_M], [c for c, gone in zip(coverage, withdrawn_M, strict=True) if not gone])
+        standing = [values for values, gone in zip(coverage, withdrawn_M.tolist(), strict=True) if not gone]
+        self._commit(rows_M[~withdrawn_M], standing)
         return streams.withdraw(rows_M[withdrawn_M]), rows_M[withdrawn_M].tolist()
 
     def _coverage(self, rows_M: torch.Tensor) -> torch.Tensor | None:
@@ -309,17 +325,6 @@ class ParallelDecoder:
         text, mask = self.streams.own_text(rows_M)
         items = self.bus.plan_BPN[self.streams.prompt_R[rows_M], : self.inputs.num_items]
         return coverage_of(self.stack.heads, text, mask, items)
-
-    def _own_coverage(self, rows_M: torch.Tensor, coverage_MP: torch.Tensor | None) -> list[dict[int, float]]:
-        """Per row, the coverage of the items that its stream owns, or that nobody owns."""
-        if coverage_MP is None:
-            return [{} for _ in rows_M]
-        result = []
-        for row, values in zip(rows_M.tolist(), coverage_MP.tolist(), strict=True):
-            prompt, stream = divmod(row, self.settings.num_streams)
-            entries = self.inputs.entries[prompt]
-            result.append({i: values[i] for i, entry in enumerate(entries) if entry.stream in (None, stream)})
-        return result
 
     def _record(
         self,
@@ -373,8 +378,9 @@ class ParallelDecoder:
     def _choose(self, rows_M: torch.Tensor, logits_MV: torch.Tensor) -> None:
         """The next token of each row, from its own history and its own randomness."""
         streams, settings = self.streams, self.settings
-        attempt_M = streams.attempt_R[rows_M]
-        logits_MV = logits_MV.float() * 2.0 ** (attempt_M - 1).clamp(min=0)[:, None]
+        attempt_M, logits_MV = streams.attempt_R[rows_M], logits_MV.float()
+        if settings.max_retries > 1:
+            logits_MV = logits_MV * 2.0 ** (attempt_M - 1).clamp(min=0)[:, None]
         histories, processors = [], self.inputs.processors[: len(rows_M)]
         if self.needs_history:
             histories = streams.histories(rows_M)
@@ -382,10 +388,7 @@ class ParallelDecoder:
         scores = process_logits(logits_MV, processors, histories)
         uniform = None
         if settings.do_sample:
-            seed = torch.full_like(rows_M, settings.seed)
-            uniform = keyed_uniform(
-                seed, self.prompt_key_R[rows_M], streams.stream_R[rows_M], streams.fed_R[rows_M], attempt_M
-            )
+            uniform = keyed_uniform(streams.fed_R[rows_M], attempt_M, state=self.key_R[rows_M])
         tokens = choose_tokens(scores, settings.do_sample, uniform)
         streams.choose(rows_M, tokens)
         if self.inputs.criteria:

@@ -188,7 +188,8 @@ class AgreementHead(nn.Module):
             `torch.Tensor` of shape `[R, T]`: logits.
         """
         queries = self.reader.norm(previous_RTD)
-        context = self.reader.attend(queries, *self.reader.project(notes_GWN), mask_RTW)
+        bias = self.reader.bias(mask_RTW, rows_per_group=mask_RTW.shape[0] // notes_GWN.shape[0])
+        context = self.reader.attend(queries, *self.reader.project(notes_GWN), bias)
         read = self.reader.o_proj(context.flatten(2))
         states = self.norm(states_RTD)
         mixed = self.mix(torch.cat([read, states, read * states], dim=-1))

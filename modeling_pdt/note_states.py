@@ -13,10 +13,12 @@ class NoteStates:
     Letters: R rows, G groups of `rows_per_group` adjacent rows that share one window, H heads, W notes, T tokens.
 
     Args:
-        keys, values (`tuple[torch.Tensor]`): Per site, of shape `[G, H, W, head_dim]`.
+        keys, values (`tuple[torch.Tensor]`): Per site, of shape `[G, H, W + 1, head_dim]`; the sink's place is last.
         mask (`torch.BoolTensor` of shape `[R, W]` or `[R, T, W]`): What each row (and token) may read.
         rows_per_group (`int`, *optional*, defaults to 1): R / G.
         gate_scale (`float` or `torch.Tensor` of shape `[R]`, *optional*, defaults to 1.0): Multiplies the gate.
+        biases (`tuple[torch.Tensor]`, *optional*): Per site, the mask as [`SharedNotesCrossAttention.bias`] makes it,
+            for a window that many forwards read. Empty: made in every forward.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -24,6 +26,7 @@ class NoteStates:
     mask: torch.Tensor
     rows_per_group: int = 1
     gate_scale: float | torch.Tensor = 1.0
+    biases: tuple[torch.Tensor, ...] = ()
 
     def select_rows(self, rows: torch.Tensor) -> "NoteStates":
         """The states of `rows` only; requires one window per row."""
@@ -35,5 +38,6 @@ class NoteStates:
             keys=tuple(key[rows] for key in self.keys),
             values=tuple(value[rows] for value in self.values),
             mask=self.mask[rows],
+            biases=tuple(bias[rows] for bias in self.biases),
             gate_scale=scale,
         )

@@ -50,17 +50,22 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def keyed_uniform(*keys: torch.Tensor) -> torch.Tensor:
+def fold_keys(*keys: torch.Tensor, state: torch.Tensor | int = 0) -> torch.Tensor:
+    """A state `[R]` from keys `[R]`, one after the other; `state` is that of the keys before them."""
+    for key in keys:
+        state = mix(key ^ state)
+    return state
+
+
+def keyed_uniform(*keys: torch.Tensor, state: torch.Tensor | int = 0) -> torch.Tensor:
     """
     One uniform number in [0, 1) per row, a function of the keys alone.
 
     Args:
         keys (`torch.LongTensor` of shape `[R]`): For instance seed, prompt, stream, position and attempt.
+        state (`torch.LongTensor` of shape `[R]`, *optional*): From [`fold_keys`], of the keys that come first.
     """
-    state = torch.zeros_like(keys[0])
-    for key in keys:
-        state = mix(state ^ key)
-    return _shift_right(state, 11).double() * 2.0**-53
+    return _shift_right(fold_keys(*keys, state=state), 11).double() * 2.0**-53
 
 
 def prompt_keys(prompts: list[list[int]]) -> list[int]:

@@ -19,8 +19,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises the last dimension of `x` to RMS 1 and scales its channels."""
-        x = x.float()
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+        return torch.nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
 
 
 def orthogonal_rows(rows: int, columns: int) -> torch.Tensor:
@@ -100,48 +99,62 @@ class SharedNotesCrossAttention(nn.Module):
         self.o_proj.weight.copy_(torch.zeros(width, width) if init == "zero" else torch.eye(width))
 
     def project(self, notes_GWN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[G, H, W, head_dim]` of notes `[G, W, N]`."""
-        notes = notes_GWN.to(self.k_proj.weight.dtype)
+        """Scaled keys and values `[G, H, W + 1, head_dim]` of notes `[G, W, N]`; zeros last, for the sink."""
+        notes = torch.nn.functional.pad(notes_GWN.to(self.k_proj.weight.dtype), (0, 0, 0, 1))
         shape = (*notes.shape[:2], self.num_heads, self.head_dim)
-        return self.k_proj(notes).view(shape).transpose(1, 2), self.v_proj(notes).view(shape).transpose(1, 2)
+        keys, values = self.k_proj(notes) * self.head_dim**-0.5, self.v_proj(notes)
+        return keys.view(shape).transpose(1, 2).contiguous(), values.view(shape).transpose(1, 2).contiguous()
+
+    def bias(self, mask: torch.Tensor, tokens: int = 1, rows_per_group: int = 1) -> torch.Tensor:
+        """
+        What the scores get added: minus infinity where a note is hidden, and the sink's own score.
+
+        Args:
+            mask (`torch.BoolTensor` of shape `[R, W]` or `[R, T, W]`): Visible notes.
+            tokens (`int`, *optional*, defaults to 1): T; with one window per row, 1 serves any number of tokens.
+            rows_per_group (`int`, *optional*, defaults to 1): R / G.
+
+        Returns:
+            `torch.Tensor` of shape `[G, H, R / G * T, W + 1]`.
+        """
+        mask = mask[:, None, :].expand(-1, tokens, -1) if mask.dim() == 2 else mask
+        mask = mask.reshape(mask.shape[0] // rows_per_group, 1, rows_per_group * mask.shape[1], mask.shape[2])
+        hidden = torch.zeros(mask.shape, dtype=self.sink.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+        sink = self.sink.view(1, -1, 1, 1).expand(mask.shape[0], -1, mask.shape[2], 1)
+        return torch.cat([hidden.expand(-1, self.num_heads, -1, -1), sink], dim=-1)
 
     def attend(
-        self, queries_RTD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+        self, queries_RTD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         """
         Per-head context of already normalised queries.
 
         Args:
             queries_RTD (`torch.Tensor` of shape `[R, T, D]`): Normalised trunk states.
-            keys, values (`torch.Tensor` of shape `[G, H, W, head_dim]`): From [`project`]; R is a multiple of G.
-            mask (`torch.BoolTensor` of shape `[R, W]` or `[R, T, W]`): Visible notes.
+            keys, values (`torch.Tensor` of shape `[G, H, W + 1, head_dim]`): From [`project`]; R is a multiple of G.
+            bias (`torch.Tensor`, broadcastable to `[G, H, R / G * T, W + 1]`): From [`bias`].
 
         Returns:
             `torch.Tensor` of shape `[R, T, H, head_dim]`; zeros where nothing is visible.
         """
         rows, tokens = queries_RTD.shape[:2]
         groups = keys.shape[0]
-        per_group = rows // groups
-        queries = self.q_proj(queries_RTD).view(groups, per_group * tokens, self.num_heads, self.head_dim)
-        scores = queries.transpose(1, 2) @ keys.transpose(2, 3) * self.head_dim**-0.5
-        mask = mask[:, None, :].expand(rows, tokens, -1) if mask.dim() == 2 else mask
-        scores = scores.masked_fill(~mask.reshape(groups, 1, per_group * tokens, -1), float("-inf"))
-        sink = self.sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
-        context = (weights @ values).transpose(1, 2)
-        return context.reshape(rows, tokens, self.num_heads, self.head_dim)
+        queries = self.q_proj(queries_RTD).view(groups, rows // groups * tokens, self.num_heads, self.head_dim)
+        weights = (queries.transpose(1, 2) @ keys.transpose(2, 3) + bias).softmax(dim=-1)
+        return (weights @ values).transpose(1, 2).reshape(rows, tokens, self.num_heads, self.head_dim)
 
     def forward(self, hidden_RTD: torch.Tensor, note_states: NoteStates, site: int) -> torch.Tensor:
         """The state with what it read from the notes added, in the state's dtype."""
         queries = self.norm(hidden_RTD)
-        context = self.attend(queries, note_states.keys[site], note_states.values[site], note_states.mask)
-        gate = self.gate(queries)
+        bias = note_states.biases[site] if note_states.biases else None
+        if bias is None:
+            bias = self.bias(note_states.mask, hidden_RTD.shape[1], note_states.rows_per_group)
+        context = self.attend(queries, note_states.keys[site], note_states.values[site], bias)
         scale = note_states.gate_scale
-        scale = scale.view(-1, 1, 1) if torch.is_tensor(scale) else scale
-        context = context * (gate * scale).unsqueeze(-1)
-        rms = hidden_RTD.detach().float().pow(2).mean(-1, keepdim=True).sqrt()
-        update = self.o_proj(context.flatten(2)) * rms
-        return hidden_RTD + update.to(hidden_RTD.dtype)
+        gate = self.gate(queries) * (scale.view(-1, 1, 1) if torch.is_tensor(scale) else scale)
+        update = self.o_proj((context * gate.unsqueeze(-1)).flatten(2))
+        rms = torch.linalg.vector_norm(hidden_RTD.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+        return hidden_RTD + (update * (rms * hidden_RTD.shape[-1] ** -0.5)).to(hidden_RTD.dtype)
 
 
 class StreamAdapter(nn.Module):
@@ -167,8 +180,8 @@ class StreamAdapter(nn.Module):
             stream_RT (`torch.LongTensor` of shape `[R, T]`): Stream of each token, -1 for none. A row
                 holds one stream; streams beyond S count modulo S.
         """
-        stream_R = stream_RT.amax(dim=1)
-        index = stream_R.clamp(min=0) % self.down.shape[0]
-        inner = torch.baddbmm(self.down_bias[index][:, None], self.norm(hidden_RTD), self.down[index])
-        update = torch.bmm(torch.nn.functional.gelu(inner), self.up[index])
+        index = stream_RT.amax(dim=1).clamp(min=0) % self.down.shape[0]
+        bias, down, up = (part.index_select(0, index) for part in (self.down_bias, self.down, self.up))
+        inner = torch.baddbmm(bias[:, None], self.norm(hidden_RTD), down)
+        update = torch.bmm(torch.nn.functional.gelu(inner), up)
         return hidden_RTD + update.masked_fill((stream_RT < 0)[..., None], 0.0).to(hidden_RTD.dtype)

@@ -1,6 +1,6 @@
-"""StreamBatch: every live row of a parallel decoding call, its tokens, positions, cache and commit frontier.
+"""StreamBatch: every row of a parallel decoding call, its tokens, positions, cache and commit frontier.
 
-Letters: R rows, S streams, T tokens, L section tokens, D trunk width.
+Letters: R rows, A rows in the trunk's batch, S streams, T tokens, L section tokens, D trunk width.
 """
 
 from dataclasses import dataclass, field
@@ -36,6 +36,9 @@ class StreamBatch:
     """
     Rows in lock step: one token each per trunk call.
 
+    The rows of a call keep their numbers to its end. The trunk's batch, the cache and `mask` hold `batch_rows` only,
+    in that order; a row that has ended leaves them.
+
     `fed_R` counts the section tokens that the trunk has consumed; right after the header it is 0. The block of row r
     that is being written starts at section token `block_start_R[r]`.
 
@@ -70,6 +73,7 @@ class StreamBatch:
         self.stop_R = torch.zeros(rows, dtype=torch.bool, device=device)
         self.live_R = torch.ones(rows, dtype=torch.bool, device=device)
         self.live_rows = list(range(rows))
+        self.batch_rows, self.batch_A = list(range(rows)), self.rows_R
         self.tokens_RL = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         # Place 0 holds the position before the section, place i + 1 section token i.
         self.tap_RLD = torch.zeros(rows, max_new_tokens + 1, width, device=device)
@@ -84,33 +88,51 @@ class StreamBatch:
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=device)
         self.cache: RollbackCache | None = None
 
-    def append_mask(self, live_R: torch.Tensor) -> torch.Tensor:
-        """One more slot, real for live rows; returns the whole mask `[R, slots]`."""
-        self.mask = torch.cat([self.mask, live_R[:, None].long()], dim=1)
+    def append_mask(self) -> torch.Tensor:
+        """One more real slot for every row of the batch; returns the whole mask `[A, slots]`."""
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
         return self.mask
 
     def rollback(self, counts_R: torch.Tensor) -> None:
         """Takes `counts_R` consumed tokens per row back: cache, mask and positions in one event."""
-        self.cache.rollback(counts_R)
-        slots = torch.arange(self.mask.shape[1], device=self.device)[None, :] - counts_R[:, None]
+        counts_A = counts_R[self.batch_A]
+        self.cache.rollback(counts_A)
+        slots = torch.arange(self.mask.shape[1], device=self.device)[None, :] - counts_A[:, None]
         shifted = self.mask.gather(1, slots.clamp(min=0))
         self.mask = torch.where(slots >= 0, shifted, 0)
         self.position_R = self.position_R - counts_R
 
-    def consume(self, tap_R1D: torch.Tensor) -> None:
-        """Stores the tap state of the token that every live row has just consumed."""
-        # Rows that left the loop write to a place that nothing reads any more.
-        place = torch.where(self.fed_R < 0, 0, self.fed_R + 1).clamp(max=self.max_new_tokens)
-        self.tap_RLD[self.rows_R, place] = tap_R1D[:, 0].to(self.tap_RLD.dtype)
-        self.fed_R = self.fed_R + self.live_R.long()
-        self.position_R = self.position_R + self.live_R.long()
+    def consume(self, tap_A1D: torch.Tensor) -> None:
+        """Stores the tap state of the token that every row of the batch has just consumed."""
+        self.tap_RLD[self.batch_A, self.fed_R[self.batch_A] + 1] = tap_A1D[:, 0].to(self.tap_RLD.dtype)
+        self.fed_R = self.fed_R + self.live_R
+        self.position_R = self.position_R + self.live_R
 
     def at_boundary(self, eos_ids: torch.Tensor) -> torch.Tensor:
         """Rows `[R]` whose block is complete with the token just consumed: full, ended by EOS, or out of budget."""
         written = self.fed_R - self.block_start_R
-        last = self.tokens_RL.gather(1, (self.fed_R - 1).clamp(min=0)[:, None]).squeeze(1)
-        ended = torch.isin(last, eos_ids) | (self.fed_R >= self.max_new_tokens) | self.stop_R
-        return self.live_R & (written > 0) & ((written >= self.block_size) | ended)
+        ended = torch.isin(self.next_R, eos_ids) | (self.fed_R >= self.max_new_tokens) | self.stop_R
+        return self.live_R & ((written >= self.block_size) | (ended & (written > 0)))
+
+    def drop_finished(self) -> torch.Tensor | None:
+        """
+        Takes rows that have ended out of the batch. The last rows move to the places that become free, so that the
+        cache copies no other row.
+
+        Returns:
+            `torch.LongTensor` of shape `[A]`: the former place of every row that stays; `None` if none has left.
+        """
+        size = len(self.live_rows)
+        if size == len(self.batch_rows):
+            return None
+        live = set(self.live_rows)
+        moving = [place for place in range(size, len(self.batch_rows)) if self.batch_rows[place] in live]
+        kept = [place if self.batch_rows[place] in live else moving.pop() for place in range(size)]
+        places_A = torch.tensor(kept, dtype=torch.long, device=self.device)
+        self.batch_rows, self.batch_A = [self.batch_rows[place] for place in kept], self.batch_A[places_A]
+        self.mask = self.mask[places_A]
+        self.cache.batch_select_indices(places_A)
+        return places_A
 
     def block_states(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
@@ -170,7 +192,7 @@ class StreamBatch:
         return counts_R
 
     def finish(self, rows_M: torch.Tensor, eos_ids: torch.Tensor) -> None:
-        """Takes rows out of the loop; a row whose last token is EOS is finished."""
+        """Ends rows; one whose last token is EOS is finished."""
         self.live_R = self.live_R.clone()
         self.live_R[rows_M] = False
         eos = set(eos_ids.tolist())

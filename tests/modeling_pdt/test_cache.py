@@ -178,7 +178,11 @@ def test_rows_are_repeated_selected_and_forgotten():
     cache.update(torch.arange(2.0).view(2, 1, 1, 1), torch.arange(2.0).view(2, 1, 1, 1))
     cache.batch_repeat_interleave(2)
     assert cache._keys[:, 0, 0, 0].tolist() == [0, 0, 1, 1]
-    cache.batch_select_indices(torch.tensor([3, 0]))
+    stored = cache._keys
+    cache.batch_select_indices(torch.tensor([0, 3, 2]))
+    assert cache._keys[:, 0, 0, 0].tolist() == [0, 1, 1]
+    assert cache._keys.data_ptr() == stored.data_ptr()
+    cache.batch_select_indices(torch.tensor([2, 0]))
     assert cache._keys[:, 0, 0, 0].tolist() == [1, 0]
     keys, _ = cache.update(torch.full((2, 1, 1, 1), 7.0), torch.full((2, 1, 1, 1), 7.0))
     assert keys[0, 0, :, 0].tolist() == [1, 7]

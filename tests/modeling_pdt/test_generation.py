@@ -147,9 +147,9 @@ def test_one_lower_and_one_upper_call_per_token(model, monkeypatch):
 
         monkeypatch.setattr(model.stack, name, count)
     output = decode(model, max_new_tokens=12)
-    # Prefill, headers, then a call per token; the last token's upper half is nobody's.
+    # Prefill, headers, then a call per token; nobody needs the last token's upper half or reads the last notes.
     assert output.trace.calls == 12
-    assert calls == {"lower": 14, "upper": 13, "project_notes": 4}
+    assert calls == {"lower": 14, "upper": 13, "project_notes": 3}
     calls.update(lower=0, upper=0, project_notes=0)
     output = decode(model, max_new_tokens=12, agreement_threshold=1.0)
     assert calls["lower"] == output.trace.calls + 2

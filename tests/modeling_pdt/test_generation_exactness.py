@@ -67,7 +67,7 @@ class Shadow:
             return lower(**inputs)
 
         def on_project(notes, mask, scale):
-            self.windows.append(notes)
+            self.windows.append(dict(zip(self.decoder.streams.batch_rows, notes, strict=True)))
             return project(notes, mask, scale)
 
         def on_upper(tap, states=None, stream_ids=None, collect=None):
@@ -85,26 +85,27 @@ class Shadow:
         tokens = ids.shape[1]
         present = self.consumed["attention_mask"][:, -tokens:]
         self.appended = torch.zeros(len(self.rows), dtype=torch.long)
-        for row, entries in enumerate(self.rows):
-            source = row // streams.num_streams if states is None else row
+        prefill = [row // streams.num_streams for row in range(len(self.rows))]
+        for source, row in enumerate(streams.batch_rows):
+            entries, source = self.rows[row], prefill[row] if states is None else source
             for place in range(tokens):
                 real = bool(present[source, place])
                 mask = None
                 if states is not None:
-                    mask = states.mask[row] if states.mask.dim() == 2 else states.mask[row, place]
+                    mask = states.mask[source] if states.mask.dim() == 2 else states.mask[source, place]
                 entries.append(
                     SimpleNamespace(
                         token=int(ids[source, place]),
                         real=real,
                         window=None if mask is None else len(self.windows) - 1,
                         mask=mask,
-                        stream=-1 if stream_ids is None else int(stream_ids[row, place]),
+                        stream=-1 if stream_ids is None else int(stream_ids[source, place]),
                     )
                 )
 
     def _on_rollback(self, counts):
         cache = self.decoder.streams.cache
-        kept = (counts == 0).nonzero().squeeze(1)
+        kept = (counts[self.decoder.streams.batch_A] == 0).nonzero().squeeze(1)
         before = [(layer._keys[kept, :, layer.start : layer.end].clone(), layer.end) for layer in cache.layers]
         mask = self.decoder.streams.mask[kept].clone()
         self.rollback(counts)
@@ -134,13 +135,13 @@ class Shadow:
         offset, width = {}, 0
         for window in used:
             offset[window] = width
-            width += self.windows[window].shape[1]
+            width += len(self.windows[window][row])
         mask = torch.zeros(1, len(entries), width, dtype=torch.bool)
         for place, entry in enumerate(entries):
             if entry.window is not None:
                 start = offset[entry.window]
                 mask[0, place, start : start + len(entry.mask)] = entry.mask
-        notes = torch.cat([self.windows[window][row : row + 1] for window in used], dim=1)
+        notes = torch.cat([self.windows[window][row] for window in used])[None]
         ids = torch.tensor([[entry.token for entry in entries]])
         fresh = model(
             ids,
@@ -286,6 +287,30 @@ def test_rolled_back_rows_continue_as_fresh_ones(make_model, name, headers):
             assert shadow.largest_difference(row) < TOLERANCE, row
     assert len(output.trace.of_kind("rollback")) > 20
     assert any(row.retries > 2 for rows in output.streams for row in rows)
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_rows_that_outlive_others_continue_as_fresh_ones(make_model, name):
+    model = trained(make_model, name)
+    prompts = [torch.randint(2, 97, (length,)).tolist() for length in (6, 13)]
+    plan = (torch.randn(2, 2, 16), torch.ones(2, 2, dtype=torch.bool))
+    arguments = {"max_new_tokens": 26, "do_sample": True, "agreement_threshold": 0.999}
+    with torch.no_grad():
+        plain = decoder_for(model, prompts, HEADERS, plan, **arguments).run()
+        ends = [row.token_ids[3 + 5 * stream] for stream, row in enumerate(plain.streams[0])]
+        decoder = decoder_for(model, prompts, HEADERS, plan, eos_token_id=ends, **arguments)
+        shadow, sizes = Shadow(decoder), set()
+        choose = decoder._choose
+
+        def on_choose(rows, logits):
+            sizes.add(len(decoder.streams.batch_rows))
+            return choose(rows, logits)
+
+        decoder._choose = on_choose
+        output = shadow.run()
+        for row in range(6):
+            assert shadow.largest_difference(row) < TOLERANCE, row
+    assert len(sizes) > 2 and output.trace.of_kind("rollback")
 
 
 def test_unread_prompt_token_stays_unread_when_the_first_block_is_rewritten(make_model):

@@ -117,7 +117,7 @@ def test_a_rewriting_reads_newer_notes_only_under_refresh(judged, policy, lag):
     decoder._refresh_window = on_refresh
     with torch.no_grad():
         decoder.run()
-    assert lags == [[1] * 3, [lag] * 3, [1] * 3]
+    assert lags == [[1] * 3, [lag] * 3]
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3])
@@ -212,13 +212,13 @@ def test_lowest_failing_breaks_ties_by_order():
 
 def drawn(decoder, monkeypatch):
     """`{(prompt, stream, position, attempt): uniform}` of a run, and its output."""
-    draws = {}
+    draws, rows = {}, decoder.key_R.tolist()
+    assert len(set(rows)) == len(rows)
 
-    def spy(*keys):
-        values = keyed_uniform(*keys)
-        for place in range(len(values)):
-            _, prompt, stream, position, attempt = (int(key[place]) for key in keys)
-            draws[prompt, stream, position, attempt] = float(values[place])
+    def spy(position, attempt, state):
+        values = keyed_uniform(position, attempt, state=state)
+        for key, *place, value in zip(*(part.tolist() for part in (state, position, attempt, values)), strict=True):
+            draws[(*divmod(rows.index(key), decoder.settings.num_streams), *place)] = value
         return values
 
     monkeypatch.setattr("modeling_pdt.generation_pdt.keyed_uniform", spy)

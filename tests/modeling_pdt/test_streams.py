@@ -1,6 +1,5 @@
 """StreamBatch: boundaries, commit, withdrawal and rollback of rows that run in lock step."""
 
-import pytest
 import torch
 
 from modeling_pdt.streams import StreamBatch
@@ -10,10 +9,13 @@ EOS = torch.tensor([1])
 
 class CacheSpy:
     def __init__(self):
-        self.counts = []
+        self.counts, self.kept = [], []
 
     def rollback(self, counts):
         self.counts.append(counts.tolist())
+
+    def batch_select_indices(self, places):
+        self.kept.append(places.tolist())
 
 
 def batch(max_new_tokens=10, block_size=4, headers=((7,), (), (8, 9))):
@@ -23,11 +25,12 @@ def batch(max_new_tokens=10, block_size=4, headers=((7,), (), (8, 9))):
 
 
 def write(streams, tokens):
-    """Chooses and consumes one token per live row; the tap state of a row is its token, twice."""
-    rows = streams.rows_R[streams.live_R]
-    streams.choose(rows, torch.tensor(tokens)[streams.live_R])
-    streams.append_mask(streams.live_R)
-    streams.consume(streams.next_R[:, None, None].expand(-1, 1, 2).float())
+    """Chooses and consumes one token per row of the batch; the tap state of a row is its token, twice."""
+    streams.drop_finished()
+    rows = streams.batch_A
+    streams.choose(rows, torch.tensor(tokens)[rows])
+    streams.append_mask()
+    streams.consume(streams.next_R[rows, None, None].expand(-1, 1, 2).float())
 
 
 def test_rows_know_prompt_stream_and_the_token_before_their_section():
@@ -149,11 +152,29 @@ def test_histories_follow_withdrawal():
     assert streams.histories(torch.tensor([1]))[0].tolist() == [2, 3, 4]
 
 
-@pytest.mark.parametrize("live", [[True, True, True], [True, False, True]])
-def test_only_live_rows_advance(live):
+def test_only_rows_of_the_batch_advance():
     streams = batch()
-    streams.live_R = torch.tensor(live)
-    streams.append_mask(streams.live_R)
-    streams.consume(torch.ones(3, 1, 2))
-    assert streams.fed_R.tolist() == streams.position_R.tolist() == [int(row) for row in live]
-    assert streams.mask[:, -1].tolist() == [int(row) for row in live]
+    write(streams, [20, 1, 30])
+    streams.commit(torch.tensor([1]))
+    streams.finish(torch.tensor([1]), EOS)
+    write(streams, [21, 0, 31])
+    assert streams.fed_R.tolist() == streams.position_R.tolist() == [2, 1, 2]
+    assert streams.mask.tolist() == [[1, 1]] * 2
+    assert streams.tap_RLD[:, :, 0].tolist()[1] == [0, 1] + [0] * 9
+
+
+def test_a_row_that_ends_leaves_its_place_to_the_last_one():
+    streams = batch(headers=((), (), (), (), ()))
+    write(streams, [20, 1, 30, 1, 40])
+    streams.mask = torch.arange(5)[:, None]
+    assert streams.drop_finished() is None
+    streams.commit(torch.tensor([1, 3]))
+    streams.finish(torch.tensor([1, 3]), EOS)
+    assert streams.drop_finished().tolist() == [0, 4, 2]
+    assert streams.batch_rows == streams.batch_A.tolist() == [0, 4, 2]
+    assert streams.cache.kept == [[0, 4, 2]]
+    assert streams.mask.tolist() == [[0], [4], [2]]
+    streams.position_R += 5
+    streams.rollback(torch.tensor([0, 0, 0, 0, 1]))
+    assert streams.cache.counts == [[0, 1, 0]]
+    assert streams.position_R.tolist() == [6, 6, 6, 6, 5]
