@@ -17,7 +17,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # pytest leaves with 5 when a mark selects no test.
 EMPTY_IS_FINE := || test $$? -eq 5
 
-.PHONY: install demo test test-slow test-multi test-browser quality style trunk smoke clean
+.PHONY: install demo test test-slow test-multi quality style trunk smoke clean
 
 install: $(STAMP)
 
@@ -55,12 +55,10 @@ test-slow: $(STAMP)
 test-multi: $(DS_STAMP)
 	$(PYTEST) -m "(multi or deepspeed) and not soak" $(EMPTY_IS_FINE)
 
-test-browser: $(STAMP)
-	$(PYTEST) -m "browser and not soak" $(EMPTY_IS_FINE)
-
 quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(PYTEST) -q tests/test_architecture.py tests/test_recipes.py
 
 style: $(STAMP)

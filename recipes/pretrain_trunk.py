@@ -3,19 +3,30 @@
 python recipes/pretrain_trunk.py --config recipes/tiny/trunk.yaml
 """
 
-import argparse
+import dataclasses
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import GptOssForCausalLM, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from transformers import GptOssForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
+from trainer_pdt.parser import RecipeParser
+from trainer_pdt.telemetry import command_line, write_json
 from trainer_pdt.trunk import TrunkArguments, TrunkCollator, TrunkCorpus, TrunkTrainer, train_tokenizer, trunk_config
 from trainer_pdt.trunk_evaluation import evaluate_trunk, save_trunk
+
+
+@dataclasses.dataclass
+class MachineArguments:
+    """
+    The machine that trains.
+
+    Args:
+        threads (`int`, *optional*): CPU threads; missing = torch's choice.
+    """
+
+    threads: int | None = dataclasses.field(default=None, metadata={"help": "CPU threads; default: torch's choice."})
 
 
 class EvaluateAndSave(TrainerCallback):
@@ -41,29 +52,22 @@ class EvaluateAndSave(TrainerCallback):
         keys = ("step", "loss", "repeat_loss", "grad_norm", "learning_rate")
         self.telemetry["losses"] = [{key: row[key] for key in keys if key in row} for row in state.log_history]
         save_trunk(model, self.tokenizer, args.output_dir)
-        Path(args.output_dir, "telemetry.json").write_text(json.dumps(self.telemetry, indent=1) + "\n")
+        write_json(f"{args.output_dir}/telemetry.json", self.telemetry)
 
 
 def main() -> None:
     """Reads the recipe, trains, saves."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML with the fields of TrunkArguments and TrainingArguments")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields that replace the YAML's")
-    options = parser.parse_args()
-    fields = yaml.safe_load(Path(options.config).read_text())
-    fields |= {name: yaml.safe_load(value) for name, value in (entry.split("=", 1) for entry in options.set)}
-    threads = fields.pop("threads", None)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    arguments, training = HfArgumentParser((TrunkArguments, TrainingArguments)).parse_dict(fields)
+    arguments, training, machine = RecipeParser(TrunkArguments, TrainingArguments, MachineArguments).parse()
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
     set_seed(training.seed)
 
     tokenizer = train_tokenizer(arguments.vocab_size, training.seed)
     model = GptOssForCausalLM(trunk_config(arguments, tokenizer))
     model.set_experts_implementation(arguments.experts_implementation)
     telemetry = {
-        "command": ["python", *sys.argv],
-        "recipe": fields,
+        "command": f"python {command_line()}",
+        "recipe": dataclasses.asdict(arguments) | training.to_dict(),
         "parameters": model.num_parameters(),
         "evaluations": [],
         "losses": [],

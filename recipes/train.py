@@ -3,12 +3,10 @@
 accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/train.py --config recipes/tiny/train.yaml
 """
 
-import os
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_pdt import PDTAdapterConfig, PDTForParallelDecoding
 from trainer_pdt import FeatureMaker, PDTDataCollator, PDTTrainer, PDTTrainingArguments
@@ -16,7 +14,8 @@ from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArgum
 from trainer_pdt.callbacks import ExpectedTimeCallback
 from trainer_pdt.features import load_features
 from trainer_pdt.parser import RecipeParser
-from trainer_pdt.telemetry import run_manifest, write_manifest
+from trainer_pdt.resume import find_checkpoint, record_run
+from trainer_pdt.telemetry import to_jsonable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +40,10 @@ def main() -> None:
         torch.set_num_threads(model_args.threads)
     set_seed(args.seed)
     curriculum = curriculum_args.build(args.max_steps)
+    parts = {"adapter": adapter, "model": model_args, "data": data, "training": args.to_dict()}
+    settings = to_jsonable({**parts, "processes": args.world_size, "stages": curriculum.history()})
+    with args.main_process_first(local=False, desc="looking for checkpoints"):
+        checkpoint = find_checkpoint(args, settings)
 
     model, tokenizer = load_model(model_args, adapter)
     plants = any(stage.data == "corrupted" for stage in curriculum.stages)
@@ -65,15 +68,12 @@ def main() -> None:
         callbacks=[ExpectedTimeCallback(curriculum)],
     )
     if trainer.is_world_process_zero():
-        settings = {"adapter": adapter, "model": model_args, "data": data, "training": args.to_dict()}
-        settings["stages"] = curriculum.history()
-        write_manifest(args.output_dir, run_manifest(seed=args.seed, config=settings))
+        record_run(args, settings, checkpoint)
 
-    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_model()
     trainer.save_state()
+    trainer.save_model()
 
 
 if __name__ == "__main__":

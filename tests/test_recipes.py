@@ -1,11 +1,18 @@
 """Every YAML under recipes/ parses, with the reader that the recipes use."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
-from trainer_pdt.parser import load_yaml
+from trainer_pdt.parser import RecipeParser, load_yaml
+from trainer_pdt.trunk import TrunkArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for suffix in ("*.yaml", "*.yml") for path in (ROOT / "recipes").rglob(suffix))
@@ -41,3 +48,50 @@ def test_launchers_are_complete(path):
 
 def test_launchers_exist():
     assert {path.stem for path in LAUNCHERS} >= {"cpu", "ddp", "zero2", "zero3"}
+
+
+def test_the_trunk_recipe_names_fields_only():
+    path = ROOT / "recipes/tiny/trunk.yaml"
+    values = {key: value for key, value in load_yaml(path).items() if key != "threads"}
+    arguments, training = RecipeParser(TrunkArguments, TrainingArguments).parse_values(values)
+    assert training.max_steps > arguments.card_steps
+
+
+def run_training(folder, *options):
+    """Six steps of the shipped recipe in a process of its own, through accelerate."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", "recipes/accelerate_configs/cpu.yaml", "recipes/train.py"]
+    smoke = load_yaml(ROOT / "recipes/tiny/smoke.yaml")["train_options"]
+    overrides = folder.parent / "overrides.yaml"
+    overrides.write_text(yaml.safe_dump({**smoke, "max_steps": 6, "save_steps": 2, "output_dir": str(folder)}))
+    recipe = ["--config", "recipes/tiny/train.yaml", str(overrides)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launch, *recipe, "--threads", "1", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_training_again_in_its_folder_continues_or_refuses(tmp_path):
+    folder = tmp_path / "run"
+    stages = json.dumps(
+        [
+            {"name": "bus", "until": 4, "train": ["snc", "writer"], "losses": {"lm_ce": 1.0}},
+            {"name": "gate", "until": 6, "train": ["agreement"], "losses": {"agree": 1.0}, "data": "corrupted"},
+        ]
+    )
+    done = run_training(folder, "--stages", stages)
+    assert done.returncode == 0, done.stderr[-3000:]
+    final = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+
+    refused = run_training(folder, "--stages", stages, "--learning_rate", "0.5")
+    assert refused.returncode != 0
+    assert "training.learning_rate: 0.003 -> 0.5" in refused.stderr
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+
+    shutil.rmtree(folder / "checkpoint-6")
+    again = run_training(folder, "--stages", stages)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == final
+    continued = json.loads((folder / "manifest.json").read_text())["continued"]
+    assert [entry["checkpoint"] for entry in continued] == ["checkpoint-4"]

@@ -33,6 +33,8 @@ class PDTTrainingArguments(TrainingArguments):
         coverage_pos_weight (`float`, *optional*, defaults to 1.0): Weight of stated items in `cov`.
         corruption_rate (`float`, *optional*, defaults to 0.5): Share of sibling references that the corrupted view of
             the data replaces by another value of the same type.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`): Start anew in a folder that holds a run; its
+            checkpoints are deleted.
     """
 
     gate_lr_scale: float = field(default=10.0, metadata={"help": "Learning rate of the gates over the rest's."})
@@ -49,6 +51,7 @@ class PDTTrainingArguments(TrainingArguments):
     block_start_tokens: int = field(default=2, metadata={"help": "Tokens per block that block_start counts."})
     coverage_pos_weight: float = field(default=1.0, metadata={"help": "Weight of stated items in cov."})
     corruption_rate: float = field(default=0.5, metadata={"help": "Share of references replaced in corrupted rows."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew; deletes earlier checkpoints."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Has to stay False: the collator reads columns that forward does not name."}
     )
@@ -107,25 +110,39 @@ class DataArguments:
         dataset_path (`str`, *optional*): Folder or Hub id of a published dataset; missing = procedural worlds.
         train_documents (`int`, *optional*, defaults to 4000): Documents of the training split.
         eval_documents (`int`, *optional*, defaults to 200): Documents of the validation split.
-        document_streams (`int`, *optional*, defaults to 3): Sections per procedural document, 2 to 6.
-        hard_fraction (`float`, *optional*, defaults to 0.0): Share of procedural training documents with several facts
-            of one type.
+        document_streams (`int`, *optional*): Sections per procedural document, 2 to 6; 3 when missing.
+        hard_fraction (`float`, *optional*): Share of procedural training documents with several facts of one type;
+            0 when missing.
         max_row_tokens (`int`, *optional*, defaults to 512): Longest row; a longer one is an error, never cut.
     """
 
     dataset_path: str | None = field(default=None, metadata={"help": "Published dataset; missing = worlds."})
     train_documents: int = field(default=4000, metadata={"help": "Documents of the training split."})
     eval_documents: int = field(default=200, metadata={"help": "Documents of the validation split."})
-    document_streams: int = field(default=3, metadata={"help": "Sections per procedural document, 2 to 6."})
-    hard_fraction: float = field(default=0.0, metadata={"help": "Share of documents with several facts of one type."})
+    document_streams: int | None = field(
+        default=None, metadata={"help": "Sections per procedural document, 2 to 6; 3 when missing."}
+    )
+    hard_fraction: float | None = field(
+        default=None, metadata={"help": "Share of procedural documents with several facts of one type."}
+    )
     max_row_tokens: int = field(default=512, metadata={"help": "Longest row; a longer one is an error."})
 
     def __post_init__(self) -> None:
         check_whole("train_documents", self.train_documents, 1)
         check_whole("eval_documents", self.eval_documents, 1)
-        check_whole("document_streams", self.document_streams, 2, 6)
-        check_range("hard_fraction", self.hard_fraction, 0.0, 1.0)
         check_whole("max_row_tokens", self.max_row_tokens, 2)
+        for name, default in (("document_streams", 3), ("hard_fraction", 0.0)):
+            value = getattr(self, name)
+            if self.dataset_path is None:
+                setattr(self, name, default if value is None else value)
+            elif value is not None:
+                raise ValueError(
+                    f"{name}={value!r}, allowed with dataset_path={self.dataset_path!r}: none (null in YAML), it "
+                    "belongs to procedural worlds."
+                )
+        if self.dataset_path is None:
+            check_whole("document_streams", self.document_streams, 2, 6)
+            check_range("hard_fraction", self.hard_fraction, 0.0, 1.0)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Carries the curriculum out: who learns at which step, what a stage begins with, and what a run writes down."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +11,10 @@ from transformers.utils import logging
 from modeling_pdt import PDTForParallelDecoding
 
 from .curriculum import PARAMETER_GROUPS, Curriculum
-from .telemetry import write_json, write_stage_history
+from .sharding import optimizer_tensors, write_through
+from .telemetry import write_report, write_stage_history
 
 logger = logging.get_logger(__name__)
-
-TRAINING_REPORT_FILE = "training_report.json"
 
 _GROUP_OF_PART = {
     "pdt_snc": "snc",
@@ -119,12 +117,14 @@ class StageCallback(TrainerCallback):
         stage = self.curriculum.stage_at(step)
         earlier = self.curriculum.stages[: self.curriculum.index_at(step)]
         freed = {group for group in stage.train if not earlier or group not in earlier[-1].train}
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             if group["pdt_group"] in freed:
-                for parameter in group["params"]:
-                    optimizer.state.pop(parameter, None)
+                for tensor in optimizer_tensors(optimizer, index):
+                    optimizer.state.pop(tensor, None)
         if "agreement" in stage.train and not any("agreement" in before.train for before in earlier):
-            self.model.stack.heads.agreement.start_from(self.model.stack.snc[0])
+            agreement = self.model.stack.heads.agreement
+            agreement.start_from(self.model.stack.snc[0])
+            write_through(agreement.reader)
 
     def _remove_hooks(self) -> None:
         for handle in self.handles:
@@ -221,4 +221,4 @@ class ReportCallback(TrainerCallback):
             "logs": state.log_history,
         }
         write_stage_history(args.output_dir, records)
-        write_json(Path(args.output_dir) / TRAINING_REPORT_FILE, report)
+        write_report(args.output_dir, report)

@@ -20,7 +20,7 @@ from typing import Any
 TELEMETRY_SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 STAGE_HISTORY_FILE = "stage_history.json"
-REPORT_FILE = "report.json"
+REPORT_FILE = "training_report.json"
 THRESHOLDS_FILE = "thresholds.json"
 RECORDED_PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface-hub"),
@@ -163,7 +163,6 @@ def run_manifest(
     *,
     seed: int,
     config: Any,
-    data_fingerprint: str | None = None,
     argv: Sequence[str] | None = None,
     folder: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -172,7 +171,6 @@ def run_manifest(
     Args:
         seed (`int`): Seed of the run.
         config (`Any`): Resolved settings: a mapping (for example class name to dataclass) or a dataclass.
-        data_fingerprint (`str`, *optional*): Identity of the data, see `fingerprint`.
         argv (`Sequence[str]`, *optional*, defaults to `sys.argv`): Command line.
         folder (`str` or `Path`, *optional*): Folder whose git state is recorded; default: this package's.
 
@@ -197,7 +195,6 @@ def run_manifest(
         },
         "config": config,
         "config_fingerprint": fingerprint(config),
-        "data_fingerprint": data_fingerprint,
     }
 
 
@@ -214,14 +211,6 @@ def stage_history(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"schema": TELEMETRY_SCHEMA_VERSION, "stages": stages}
 
 
-def run_report(metrics: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
-    """Build the report of a run: its metrics and named sections beside them (`history=...`, `timings=...`)."""
-    taken = {"schema", "metrics"} & sections.keys()
-    if taken:
-        raise ValueError(f"sections = {sorted(taken)}: these names belong to the report itself")
-    return {"schema": TELEMETRY_SCHEMA_VERSION, "metrics": to_jsonable(metrics), **to_jsonable(sections)}
-
-
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> Path:
     """Write the result of `run_manifest` into a run's folder."""
     return write_json(Path(folder) / MANIFEST_FILE, manifest)
@@ -232,9 +221,9 @@ def write_stage_history(folder: str | Path, records: Iterable[Mapping[str, Any]]
     return write_json(Path(folder) / STAGE_HISTORY_FILE, stage_history(records))
 
 
-def write_report(folder: str | Path, metrics: Mapping[str, Any], **sections: Any) -> Path:
-    """Write the report into a run's folder, see `run_report`."""
-    return write_json(Path(folder) / REPORT_FILE, run_report(metrics, **sections))
+def write_report(folder: str | Path, report: Mapping[str, Any]) -> Path:
+    """Write the report of a training run into its folder."""
+    return write_json(Path(folder) / REPORT_FILE, {"schema": TELEMETRY_SCHEMA_VERSION, **report})
 
 
 def write_thresholds(folder: str | Path, thresholds: Mapping[str, float]) -> Path:

@@ -3,19 +3,23 @@
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, has_length, sort_checkpoints
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput
-from modeling_pdt.hub_layout import load_adapter_weights
+from modeling_pdt.hub_layout import copy_code, load_adapter_weights
 
 from .arguments import PDTTrainingArguments
 from .branches import loss_parts, run_branches
@@ -23,8 +27,9 @@ from .callbacks import ReportCallback, StageCallback, is_gate, parameter_group
 from .collator import PDTDataCollator
 from .curriculum import PARAMETER_GROUPS, Curriculum
 from .evaluation_pass import TeacherForcedMetrics
-from .losses import LossReport, weighted_total
+from .losses import IGNORE_INDEX, LossReport, weighted_total
 from .noise import NoiseDraw, draw_noise
+from .sharding import keep_gathered
 from .telemetry import write_json
 
 COMPLETE_FILE = "complete.json"
@@ -96,19 +101,12 @@ class PDTTrainer(Trainer):
         branches = run_branches(model, view, stage, noise, self.args, self.model.config, generator)
         report = weighted_total(loss_parts(branches, view, stage, self.args), stage.losses)
         self._record(report)
-        total = report.total + self._anchor(branches.student)
+        total = report.total + self._anchor()
         return (total, branches.student) if return_outputs else total
 
-    def _anchor(self, student: PDTOutput) -> Tensor:
-        """
-        Zero, with every PDT parameter in its graph, for stages whose losses leave some out (DDP needs them all).
-
-        Sharded parameters can only be used inside `forward`, where the logits carry the same anchor.
-        """
-        parameters = list(self.model.pdt_parameters().values())
-        if any(hasattr(parameter, "ds_id") for parameter in parameters):
-            return 0.0 * student.logits.sum()
-        return 0.0 * torch.stack([parameter.sum() for parameter in parameters]).sum()
+    def _anchor(self) -> Tensor:
+        """Zero, with every PDT parameter in its graph, for stages whose losses leave some out (DDP needs them all)."""
+        return 0.0 * torch.stack([parameter.sum() for parameter in self.model.pdt_parameters().values()]).sum()
 
     def _generator(self) -> torch.Generator:
         step, micro = self._micro
@@ -199,29 +197,36 @@ class PDTTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Teacher-forced metrics on held-out documents, see [`TeacherForcedMetrics`]; nothing is generated."""
+        """
+        Teacher-forced metrics on held-out documents, see [`TeacherForcedMetrics`]; nothing is generated.
+
+        Several processes run equally many full batches, the last ones filled up with documents that other batches
+        hold; those lose their labels and count nowhere.
+        """
+        if not has_length(dataloader):
+            raise ValueError(f"{description}: the dataset has no length, allowed: one with __len__.")
         self.model.eval()
-        metrics, count = TeacherForcedMetrics(self.model), 0
-        for inputs in dataloader:
+        metrics, world, rank = TeacherForcedMetrics(self.model), self.args.world_size, self.args.process_index
+        for step, inputs in enumerate(dataloader):
             inputs = self._prepare_inputs(inputs)
+            documents, rows = inputs["item_ids"].shape[0], inputs["labels"].shape[0]
+            new = min(documents, max(0, len(dataloader.dataset) - (step * world + rank) * documents))
+            inputs["labels"][rows // documents * new :] = IGNORE_INDEX
             with self.compute_loss_context_manager():
                 metrics.add(inputs)
-            count += inputs["item_ids"].shape[0]
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         results = metrics.compute(lambda sums: self.accelerator.reduce(sums, "sum"))
         results = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=results, num_samples=count)
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=results, num_samples=self.num_examples(dataloader)
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the PDT parameters and configurations; under ZeRO-3 they are gathered first, the trunk never is."""
+        """Writes the PDT parameters and configurations, and pushes them with `push_to_hub`; the trunk never moves."""
         parameters = self.model.pdt_parameters()
-        gather = nullcontext()
-        if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
-            import deepspeed
-
-            gather = deepspeed.zero.GatheredParameters(list(parameters.values()))
-        with gather:
-            self._save(output_dir, {f"peft.{name}": p.detach().cpu().clone() for name, p in parameters.items()})
+        self._save(output_dir, {f"peft.{name}": p.detach().cpu().clone() for name, p in parameters.items()})
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -266,8 +271,42 @@ class PDTTrainer(Trainer):
             shutil.rmtree(run_dir / name, ignore_errors=True)
             os.replace(staging / name, run_dir / name)
             shutil.rmtree(staging, ignore_errors=True)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(run_dir / name))
             self._rotate(run_dir)
         self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # `Trainer` leaves the trunk out for a `PeftModel` alone; DeepSpeed keeps the second name of a tied weight.
+        hook = self.model.register_state_dict_post_hook(_drop_trunk)
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        hook.remove()
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository; refuses a model whose trunk nobody else could load."""
+        trunk = self.model.config.trunk_name_or_path
+        if trunk and os.path.isdir(trunk):
+            raise ValueError(
+                f"trunk_name_or_path={trunk!r} is a local folder, allowed for pushing: a Hub id. "
+                "model.push_to_hub(repo_id, include_trunk=True) uploads a small trunk too."
+            )
+        super().init_hf_repo(token=token, private=private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes a checkpoint that has reached its place, with the adapter's folder and the code beside its files."""
+        if self._staging is not None or not self.is_world_process_zero():
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not busy):
+            folder, adapter = Path(self.args.output_dir), self.model.config.adapter_subfolder
+            shutil.copytree(Path(checkpoint_folder, adapter), folder / adapter, dirs_exist_ok=True)
+            copy_code(folder)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _rotate(self, run_dir: Path) -> None:
         """Deletes old checkpoints over `save_total_limit`; those at a stage's start are kept and not counted."""
@@ -281,14 +320,46 @@ class PDTTrainer(Trainer):
             if path != best:
                 shutil.rmtree(path)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # `Trainer` would load strictly, and the files lack the trunk.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._load_deepspeed(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        keep_gathered(self.model_wrapped, self.model.pdt_parameters().values())
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not (Path(resume_from_checkpoint) / COMPLETE_FILE).is_file():
-            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r} is not a complete checkpoint.")
+        check_complete(resume_from_checkpoint)
         self._load_adapter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_adapter(self.state.best_model_checkpoint)
+        load = self._load_deepspeed if self.is_deepspeed_enabled else self._load_adapter
+        load(self.state.best_model_checkpoint)
+
+    def _load_deepspeed(self, folder: str) -> None:
+        """Loads what learns, strictly, through DeepSpeed's own files, which hold nothing else."""
+        check_complete(folder)
+        file = Path(folder, self.model.config.adapter_subfolder, SAFETENSORS_WEIGHTS_NAME)
+        with safe_open(file, framework="pt") as saved:
+            differing = set(saved.keys()) ^ set(get_peft_model_state_dict(self.model.peft))
+        if differing:
+            raise ValueError(f"{file} and the model do not both have {sorted(differing)[0]}, allowed: equal adapters.")
+        deepspeed_load_checkpoint(self.model_wrapped, folder, load_module_strict=False)
 
     def _load_adapter(self, folder: str) -> None:
         config = self.model.config
         load_adapter_weights(self.model.peft, self.model.stack.active, folder, config.adapter_subfolder, {})
+
+
+def _drop_trunk(model: PDTForParallelDecoding, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    for name in state.keys() - {f"{prefix}peft.{name}" for name in model.pdt_parameters()}:
+        del state[name]
+
+
+def check_complete(checkpoint: str) -> None:
+    """Raises `ValueError` for a folder that is no complete checkpoint."""
+    if not (Path(checkpoint) / COMPLETE_FILE).is_file():
+        raise ValueError(f"resume_from_checkpoint={checkpoint!r} is not a complete checkpoint.")

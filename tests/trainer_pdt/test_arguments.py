@@ -109,6 +109,16 @@ def test_bad_data_arguments_are_named(values, message):
         DataArguments(**values)
 
 
+def test_fields_of_worlds_belong_to_worlds():
+    worlds = DataArguments()
+    assert (worlds.document_streams, worlds.hard_fraction) == (3, 0.0)
+    published = DataArguments(dataset_path="data")
+    assert (published.document_streams, published.hard_fraction) == (None, None)
+    for name, value in (("document_streams", 3), ("hard_fraction", 0.25)):
+        with pytest.raises(ValueError, match=f"{name}={value}, allowed with dataset_path='data': none"):
+            DataArguments(dataset_path="data", **{name: value})
+
+
 def test_names_are_unique_across_arguments_and_configs():
     inherited = {item.name for item in fields(TrainingArguments)}
     own = [item.name for item in fields(PDTTrainingArguments) if item.name not in inherited]

@@ -154,7 +154,7 @@ def test_git_state_without_git(tmp_path, monkeypatch):
 
 def test_manifest_is_complete_and_repeatable(tmp_path):
     config = {"Settings": Settings()}
-    manifest = telemetry.run_manifest(seed=3, config=config, data_fingerprint="d", argv=["t.py"], folder=tmp_path)
+    manifest = telemetry.run_manifest(seed=3, config=config, argv=["t.py"], folder=tmp_path)
     assert manifest["seed"] == 3
     assert manifest["command"] == "t.py"
     assert manifest["git"] is None
@@ -162,7 +162,7 @@ def test_manifest_is_complete_and_repeatable(tmp_path):
     assert manifest["machine"]["threads"] == torch.get_num_threads()
     assert manifest["config"]["Settings"]["hub_token"] == "<hidden>"
     assert manifest["config_fingerprint"] == telemetry.fingerprint(config)
-    again = telemetry.run_manifest(seed=3, config=config, data_fingerprint="d", argv=["t.py"], folder=tmp_path)
+    again = telemetry.run_manifest(seed=3, config=config, argv=["t.py"], folder=tmp_path)
     assert manifest == again
     path = telemetry.write_manifest(tmp_path, manifest)
     assert path.name == "manifest.json"
@@ -181,15 +181,9 @@ def test_stage_history(tmp_path):
 
 
 def test_report(tmp_path):
-    metrics = {"loss": torch.tensor(1.5), "auroc": float("nan")}
-    path = telemetry.write_report(tmp_path, metrics, timings={"train": 2.0})
-    assert telemetry.read_json(path) == {
-        "schema": 1,
-        "metrics": {"loss": 1.5, "auroc": None},
-        "timings": {"train": 2.0},
-    }
-    with pytest.raises(ValueError, match="schema"):
-        telemetry.run_report(metrics, schema=2)
+    path = telemetry.write_report(tmp_path, {"step": 2, "gates": [torch.tensor(0.5)], "auroc": float("nan")})
+    assert path.name == "training_report.json"
+    assert telemetry.read_json(path) == {"schema": 1, "step": 2, "gates": [0.5], "auroc": None}
 
 
 def test_thresholds(tmp_path):

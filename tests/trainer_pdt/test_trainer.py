@@ -14,13 +14,13 @@ from modeling_pdt import PDTAdapterConfig, PDTForParallelDecoding
 from tests.tiny_training import BUS_STAGE, HEAD_STAGE, make_features, make_maker, make_model, make_trainer, weights
 from trainer_pdt import PDTTrainingArguments
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
-from trainer_pdt.callbacks import TRAINING_REPORT_FILE, is_gate, parameter_group
+from trainer_pdt.callbacks import is_gate, parameter_group
 from trainer_pdt.curriculum import PARAMETER_GROUPS
 from trainer_pdt.data.publish import documents_to_dataset
 from trainer_pdt.data.worlds import WorldOptions, generate_document, generate_documents
 from trainer_pdt.features import load_features
 from trainer_pdt.parser import RecipeParser
-from trainer_pdt.telemetry import STAGE_HISTORY_FILE
+from trainer_pdt.telemetry import REPORT_FILE, STAGE_HISTORY_FILE
 from trainer_pdt.trainer import COMPLETE_FILE, step_generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,9 +170,18 @@ def test_evaluation_reports_both_buses(tmp_path):
     assert metrics == {**metrics, **{k: v for k, v in trainer.evaluate().items() if "n_" in k or "ce" in k}}
 
 
+def test_evaluation_needs_a_number_of_documents(tmp_path):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(make_features(2))
+
+    with pytest.raises(ValueError, match="Evaluation: the dataset has no length"):
+        make_trainer(tmp_path).evaluate(Endless())
+
+
 def test_report_and_history(tmp_path):
     make_trainer(tmp_path, TWO_STAGES, max_steps=4).train()
-    report = json.loads((tmp_path / TRAINING_REPORT_FILE).read_text())
+    report = json.loads((tmp_path / REPORT_FILE).read_text())
     assert report["step"] == report["max_steps"] == 4
     assert report["seconds_per_step"] > 0
     assert all(0 < gate < 1 for gate in report["gates"])

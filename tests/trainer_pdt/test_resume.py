@@ -1,0 +1,96 @@
+"""A run in a folder that holds one: continued exactly, refused with names, or started anew on request."""
+
+import pytest
+
+from tests.tiny_training import make_arguments
+from trainer_pdt.resume import differences, find_checkpoint, record_run
+from trainer_pdt.telemetry import read_json, to_jsonable
+
+
+def settings_of(args, **changes):
+    return to_jsonable({"training": args.to_dict(), "stages": [{"name": "bus", "until": 2}], **changes})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with two checkpoints and the manifest of the run that wrote them."""
+    args = make_arguments(tmp_path)
+    record_run(args, settings_of(args), None)
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    return tmp_path
+
+
+def test_an_empty_folder_starts_a_run(tmp_path):
+    args = make_arguments(tmp_path / "new")
+    assert find_checkpoint(args, settings_of(args)) is None
+    args = make_arguments(tmp_path)
+    record_run(args, settings_of(args), None)
+    changed = make_arguments(tmp_path, learning_rate=1.0)
+    assert find_checkpoint(changed, settings_of(changed)) is None
+
+
+def test_equal_settings_continue_and_the_manifest_stays(run):
+    args = make_arguments(run, logging_steps=7, save_steps=3, disable_tqdm=False, run_name="again")
+    checkpoint = find_checkpoint(args, settings_of(args))
+    assert checkpoint == str(run / "checkpoint-2")
+    before = read_json(run / "manifest.json")
+    for count in (1, 2):
+        record_run(args, settings_of(args), checkpoint)
+        manifest = read_json(run / "manifest.json")
+        continued = manifest.pop("continued")
+        assert [entry["checkpoint"] for entry in continued] == ["checkpoint-2"] * count
+        assert manifest == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts", "named"),
+    [
+        ({"learning_rate": 0.5}, {}, "training.learning_rate: 0.01 -> 0.5"),
+        (
+            {"seed": 3, "per_device_train_batch_size": 4},
+            {},
+            "per_device_train_batch_size: 2 -> 4; training.seed: 42 -> 3",
+        ),
+        ({}, {"stages": [{"name": "bus", "until": 1}]}, r"stages\[0\].until: 2 -> 1"),
+        ({}, {"stages": []}, r"stages: \[\{'name': 'bus', 'until': 2\}\] -> \[\]"),
+        ({}, {"data": {"train_documents": 3}}, "data: None -> {'train_documents': 3}"),
+    ],
+)
+def test_other_settings_are_refused_by_name(run, changes, parts, named):
+    args = make_arguments(run, **changes)
+    with pytest.raises(ValueError, match=named) as error:
+        find_checkpoint(args, settings_of(args, **parts))
+    for way in ("another output_dir", "overwrite_output_dir=True", "resume_from_checkpoint"):
+        assert way in str(error.value)
+    assert (run / "checkpoint-2").is_dir()
+
+
+def test_a_finished_model_without_checkpoints_is_not_overwritten(tmp_path):
+    args = make_arguments(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="training: None -> "):
+        find_checkpoint(args, settings_of(args))
+    record_run(args, settings_of(args), None)
+    assert find_checkpoint(args, settings_of(args)) is None
+
+
+def test_a_named_checkpoint_goes_on_with_other_settings(run):
+    args = make_arguments(run, learning_rate=0.5, resume_from_checkpoint=str(run / "checkpoint-1"))
+    checkpoint = find_checkpoint(args, settings_of(args))
+    assert checkpoint == str(run / "checkpoint-1")
+    record_run(args, settings_of(args), checkpoint)
+    assert read_json(run / "manifest.json")["config"]["training"]["learning_rate"] == 0.5
+
+
+def test_overwriting_deletes_the_checkpoints(run):
+    (run / ".saving-checkpoint-3").mkdir()
+    args = make_arguments(run, learning_rate=0.5, overwrite_output_dir=True)
+    assert find_checkpoint(args, settings_of(args)) is None
+    assert sorted(path.name for path in run.iterdir()) == ["manifest.json"]
+
+
+def test_differences_are_nested_and_ignore_what_has_no_effect():
+    earlier = {"a": {"b": [1, {"c": 2}]}, "output_dir": "x", "hub_token": None, "threads": 1}
+    now = {"a": {"b": [1, {"c": 3}]}, "output_dir": "y", "hub_token": "t", "threads": 1, "eval_steps": 2}
+    assert list(differences(earlier, now)) == ["a.b[1].c: 2 -> 3"]
