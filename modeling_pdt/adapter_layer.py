@@ -69,7 +69,10 @@ class PDTStack(nn.Module, BaseTunerLayer):
             snc.reset_parameters(config.snc_init, projection)
         heads.agreement.reader.reset_parameters("trunk_space", projection)
         self.pdt_stream_adapters[adapter_name] = nn.ModuleList(
-            StreamAdapter(config.num_streams, width, config.adapter_bottleneck) for _ in config.instrumented_layers
+            StreamAdapter(
+                config.num_streams, width, config.adapter_bottleneck, config.adapter_activation, config.adapter_dropout
+            )
+            for _ in config.instrumented_layers
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -258,7 +261,7 @@ def parameter_path_components() -> frozenset[str]:
         modules = [
             PDTHeads(config),
             SharedNotesCrossAttention(4, 4, 1, "dynamic", 0.0, "zero"),
-            StreamAdapter(1, 4, 1),
+            StreamAdapter(1, 4, 1, config.adapter_activation, config.adapter_dropout),
         ]
     return frozenset(part for module in modules for name, _ in module.named_parameters() for part in name.split("."))
 

@@ -7,6 +7,7 @@ from peft import PeftConfig
 SNC_PLACEMENTS = ("between", "after_attention")
 SNC_INITS = ("trunk_space", "zero")
 GATE_MODES = ("scalar", "per_head", "dynamic")
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh")
 # Head names that carry a ``trained`` flag; decoding uses a head's verdict only after it was trained.
 TRAINABLE_PARTS = ("snc", "stream_adapters", "writer", "encoder", "planner", "coverage", "agreement", "stream")
 
@@ -65,6 +66,10 @@ class PDTAdapterConfig(PeftConfig):
             Initial gate logit; the gate is its sigmoid.
         adapter_bottleneck (`int`, *optional*, defaults to 32):
             Inner width of the stream adapters, whose output projection starts at zero.
+        adapter_activation (`str`, *optional*, defaults to `"gelu_pytorch_tanh"`):
+            Their activation, one of `ACTIVATIONS`.
+        adapter_dropout (`float`, *optional*, defaults to 0.0):
+            Share of their inner values dropped in training, in [0, 1).
         num_plan_slots (`int`, *optional*, defaults to 8):
             Slots that the planner head predicts.
         plan_vocab_size (`int`, *optional*, defaults to 512):
@@ -93,6 +98,8 @@ class PDTAdapterConfig(PeftConfig):
     gate_mode: str = field(default="scalar", metadata={"help": "scalar, per_head or dynamic."})
     gate_init: float = field(default=0.0, metadata={"help": "Initial gate logit."})
     adapter_bottleneck: int = field(default=32, metadata={"help": "Inner width of the stream adapters."})
+    adapter_activation: str = field(default="gelu_pytorch_tanh", metadata={"help": "Activation in stream adapters."})
+    adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout in stream adapters."})
     num_plan_slots: int = field(default=8, metadata={"help": "Slots of the planner head."})
     plan_vocab_size: int = field(default=512, metadata={"help": "Hash buckets of plan items."})
     plan_dim: int = field(default=64, metadata={"help": "Rank of the plan embedding."})
@@ -118,6 +125,9 @@ class PDTAdapterConfig(PeftConfig):
         check_choice(owner, "snc_init", self.snc_init, SNC_INITS)
         check_choice(owner, "gate_mode", self.gate_mode, GATE_MODES)
         check_range(owner, "gate_init", self.gate_init, -20, 20)
+        check_choice(owner, "adapter_activation", self.adapter_activation, ACTIVATIONS)
+        if not 0 <= self.adapter_dropout < 1:
+            raise ValueError(f"{owner}.adapter_dropout must be in [0, 1), got {self.adapter_dropout!r}.")
         for part in self.trained_parts:
             check_choice(owner, "trained_parts", part, TRAINABLE_PARTS)
         self._check_layers()

@@ -20,7 +20,7 @@ from .outputs import DecodingTrace, ParallelGenerateOutput, collect_output
 from .sampling import choose_tokens, fold_keys, history_free, keyed_uniform, process_logits, prompt_keys
 from .streaming import ParallelStreamer, parallel_streamer
 from .streams import StreamBatch
-from .trunk_split import TapState
+from .trunk_split import TapState, rewind_tap
 
 
 def parallel_generate(
@@ -214,28 +214,30 @@ class ParallelDecoder:
         tap = self._lower()
         streams.consume(tap.hidden)
         self.trace.calls += 1
-        counts_R, retried = None, []
+        self.restarting = False
         # The one transfer per token: which rows stand at a boundary.
         at_boundary = streams.at_boundary(self.eos_ids).tolist()
         if any(at_boundary):
             rows_M = streams.rows_R[[row for row, flag in enumerate(at_boundary) if flag]]
-            counts_R, retried = self._close_blocks(rows_M)
+            withdrawn_M = self._close_blocks(rows_M)
             if not streams.live_rows:
                 return
+            if withdrawn_M.numel():
+                tap = self._go_back(tap, withdrawn_M)
             self._refresh_window()
         hidden = self._upper(tap, self._stream_ids())[:, 0]
-        if retried:
-            streams.rollback(counts_R)
         kept_A = streams.drop_finished()
         if kept_A is not None:
             self.note_states, hidden = self.note_states.select_rows(kept_A), hidden[kept_A]
-        rows_M = streams.batch_A
-        if retried:
-            choosing = [place for place, row in enumerate(streams.batch_rows) if row not in retried]
-            rows_M, hidden = rows_M[choosing], hidden[choosing]
-        self.restarting = bool(retried)
-        if rows_M.numel():
-            self._choose(rows_M, self.head(hidden))
+        self._choose(streams.batch_A, self.head(hidden))
+
+    def _go_back(self, tap: TapState, rows_M: torch.Tensor) -> TapState:
+        """The tap with these rows at the token before the block that they write again; its lower half is known."""
+        streams, self.restarting = self.streams, True
+        streams.withdraw(rows_M)
+        rows_A = streams.batch_A
+        hidden = streams.tap_RLD[rows_A, streams.fed_R[rows_A], None].to(tap.hidden.dtype)
+        return rewind_tap(self.stack.base_layer, tap, hidden, streams.mask, streams.position_R[rows_A, None] - 1)
 
     def _stream_ids(self) -> torch.Tensor:
         """Stream `[A, 1]` of the tokens just consumed."""
@@ -285,8 +287,8 @@ class ParallelDecoder:
         states = self.stack.project_notes(notes, mask, scale)
         self.note_states = replace(states, biases=tuple(site.bias(states.mask) for site in self.stack.snc))
 
-    def _close_blocks(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Writes notes, judges, commits or withdraws; returns tokens to take back `[R]` and rows that write again."""
+    def _close_blocks(self, rows_M: torch.Tensor) -> torch.Tensor:
+        """Writes notes, judges and commits; returns the rows whose block is withdrawn."""
         streams, heads = self.streams, self.stack.heads
         states, previous, mask = streams.block_states(rows_M)
         notes = heads.write(states, mask, self.settings.block_size)
@@ -317,7 +319,7 @@ class ParallelDecoder:
         self._record(rows_M, agreement_M, withdrawn_M, coverage)
         standing = [values for values, gone in zip(coverage, withdrawn_M.tolist(), strict=True) if not gone]
         self._commit(rows_M[~withdrawn_M], standing)
-        return streams.withdraw(rows_M[withdrawn_M]), rows_M[withdrawn_M].tolist()
+        return rows_M[withdrawn_M]
 
     def _coverage(self, rows_M: torch.Tensor) -> torch.Tensor | None:
         if not self.inputs.num_items:

@@ -5,6 +5,7 @@ Letters: R rows, T tokens, D trunk width, N note width, W notes of a window, H h
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .note_states import NoteStates
 
@@ -159,14 +160,17 @@ class SharedNotesCrossAttention(nn.Module):
 
 class StreamAdapter(nn.Module):
     """
-    Bottleneck adapter chosen by stream, zero at the start: `x + up_s(gelu(down_s(norm(x))))`.
+    Bottleneck adapter chosen by stream, zero at the start: `x + up_s(dropout(activation(down_s(norm(x)))))`.
 
     Args:
         num_streams (`int`), width (`int`), bottleneck (`int`): S, D and the inner width.
+        activation (`str`): Its name in transformers.
+        dropout (`float`): Share of inner values dropped in training.
     """
 
-    def __init__(self, num_streams: int, width: int, bottleneck: int) -> None:
+    def __init__(self, num_streams: int, width: int, bottleneck: int, activation: str, dropout: float) -> None:
         super().__init__()
+        self.activation, self.dropout = ACT2FN[activation], nn.Dropout(dropout)
         self.norm = RMSNorm(width)
         self.down = nn.Parameter(torch.empty(num_streams, width, bottleneck))
         self.down_bias = nn.Parameter(torch.zeros(num_streams, bottleneck))
@@ -183,5 +187,5 @@ class StreamAdapter(nn.Module):
         index = stream_RT.amax(dim=1).clamp(min=0) % self.down.shape[0]
         bias, down, up = (part.index_select(0, index) for part in (self.down_bias, self.down, self.up))
         inner = torch.baddbmm(bias[:, None], self.norm(hidden_RTD), down)
-        update = torch.bmm(torch.nn.functional.gelu(inner), up)
+        update = torch.bmm(self.dropout(self.activation(inner)), up)
         return hidden_RTD + update.masked_fill((stream_RT < 0)[..., None], 0.0).to(hidden_RTD.dtype)

@@ -77,10 +77,6 @@ class StreamBatch:
         self.tokens_RL = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         # Place 0 holds the position before the section, place i + 1 section token i.
         self.tap_RLD = torch.zeros(rows, max_new_tokens + 1, width, device=device)
-        self.previous_R = torch.tensor(
-            [(section.header or prompts[row // self.num_streams])[-1] for row, section in enumerate(self.sections)],
-            device=device,
-        )
         self.starts = [
             torch.tensor(prompts[row // self.num_streams] + section.header, device=device)
             for row, section in enumerate(self.sections)
@@ -172,24 +168,16 @@ class StreamBatch:
         self.round_R[rows_M] += 1
         self.attempt_R[rows_M] = 0
 
-    def withdraw(self, rows_M: torch.Tensor) -> torch.Tensor:
-        """
-        Prepares the rows to write their block again, from the token before it.
-
-        Returns:
-            `torch.LongTensor` of shape `[R]`: consumed tokens to take back, for [`rollback`].
-        """
+    def withdraw(self, rows_M: torch.Tensor) -> None:
+        """Takes the rows back to the token before their block: tokens, cache, mask and positions in one event."""
         counts_R = torch.zeros_like(self.fed_R)
-        counts_R[rows_M] = self.fed_R[rows_M] - self.block_start_R[rows_M] + 1
-        self.fed_R[rows_M] = self.block_start_R[rows_M] - 1
-        start = self.block_start_R[rows_M]
-        before = self.tokens_RL[rows_M, (start - 1).clamp(min=0)]
-        self.next_R[rows_M] = torch.where(start > 0, before, self.previous_R[rows_M])
+        counts_R[rows_M] = self.fed_R[rows_M] - self.block_start_R[rows_M]
+        self.rollback(counts_R)
+        self.fed_R = self.fed_R - counts_R
         self.attempt_R[rows_M] += 1
         self.stop_R[rows_M] = False
         for row in rows_M.tolist():
             self.sections[row].retries += 1
-        return counts_R
 
     def finish(self, rows_M: torch.Tensor, eos_ids: torch.Tensor) -> None:
         """Ends rows; one whose last token is EOS is finished."""

@@ -183,6 +183,27 @@ def run_layer(
         return call(hidden)
 
 
+def make_masks(
+    stack: nn.Module,
+    kinds: Iterable[str],
+    hidden: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    cache: Cache | None,
+) -> dict[str, torch.Tensor | None]:
+    """The trunk's own attention masks by layer type, for tokens that the cache does not hold yet."""
+    return {
+        kind: MASK_MAKERS[kind](
+            config=stack.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        for kind in sorted(set(kinds))
+    }
+
+
 def run_lower(
     stack: nn.Module,
     split: int,
@@ -211,23 +232,35 @@ def run_lower(
     if position_ids is None:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device).unsqueeze(0)
-    masks = attention_mask if isinstance(attention_mask, dict) else {}
-    if not masks:
-        masks = {
-            kind: MASK_MAKERS[kind](
-                config=stack.config,
-                inputs_embeds=hidden,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            for kind in sorted(set(layer_types(stack.config)))
-        }
+    if isinstance(attention_mask, dict):
+        masks = attention_mask
+    else:
+        masks = make_masks(stack, layer_types(stack.config), hidden, attention_mask, position_ids, past_key_values)
     embeddings = stack.rotary_emb(hidden, position_ids)
     state = TapState(hidden, position_ids, embeddings, masks, past_key_values, split, layer_kwargs or {})
     for index in range(split):
         hidden = run_layer(stack, index, hidden, state)
     return replace(state, hidden=hidden)
+
+
+def rewind_tap(
+    stack: nn.Module, tap: TapState, hidden: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+) -> TapState:
+    """
+    The tap of rows that went back after their lower half ran: for their upper half, whose layers hold no token of this
+    call yet.
+
+    Args:
+        stack (`nn.Module`): The trunk's decoder stack.
+        tap (`TapState`): From [`run_lower`], with a cache.
+        hidden (`torch.Tensor` of shape `[R, T, D]`): Tap states of the tokens where the rows stand now.
+        attention_mask (`torch.Tensor` of shape `[R, past + T]`): 1 for real tokens.
+        position_ids (`torch.LongTensor` of shape `[R, T]`): Positions of these tokens.
+    """
+    kinds, upper = layer_types(stack.config)[tap.split :], Cache(layers=tap.cache.layers[tap.split :])
+    masks = make_masks(stack, kinds, hidden, attention_mask, position_ids, upper)
+    embeddings = stack.rotary_emb(hidden, position_ids)
+    return replace(tap, hidden=hidden, position_ids=position_ids, position_embeddings=embeddings, masks=masks)
 
 
 def run_upper(

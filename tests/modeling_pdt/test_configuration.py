@@ -76,6 +76,8 @@ def test_default_heads_are_a_power_of_two_that_divides_the_width(width, heads, e
         ("notes_dim", "wide", ">= 1"),
         ("snc_heads", 0, ">= 1"),
         ("adapter_bottleneck", -1, ">= 1"),
+        ("adapter_activation", "swish", "gelu_pytorch_tanh"),
+        ("adapter_dropout", 1.0, "[0, 1)"),
         ("num_plan_slots", 0, ">= 1"),
         ("plan_dim", 0, ">= 1"),
         ("plan_vocab_size", 1, ">= 2"),

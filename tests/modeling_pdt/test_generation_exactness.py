@@ -54,7 +54,7 @@ class Shadow:
         streams, stack = decoder.streams, decoder.stack
         self.upper, self.project, self.choose = stack.upper, stack.project_notes, decoder._choose
         self.rollback = streams.rollback
-        self.consumed = None
+        self.tokens = 0
         decoder._choose = self._on_choose
         streams.rollback = self._on_rollback
 
@@ -63,7 +63,7 @@ class Shadow:
         lower, upper, project = stack.lower, stack.upper, stack.project_notes
 
         def on_lower(**inputs):
-            self.consumed = inputs
+            self._consume(inputs["input_ids"], inputs["attention_mask"])
             return lower(**inputs)
 
         def on_project(notes, mask, scale):
@@ -80,28 +80,24 @@ class Shadow:
         finally:
             del stack.lower, stack.upper, stack.project_notes
 
+    def _consume(self, ids, mask):
+        """Notes the tokens whose lower half runs; a prefilled prompt belongs to all of its rows."""
+        streams, self.tokens = self.decoder.streams, ids.shape[1]
+        prefill = len(ids) < len(streams.batch_rows)
+        for place, row in enumerate(streams.batch_rows):
+            source = row // streams.num_streams if prefill else place
+            for token, real in zip(ids[source].tolist(), mask[source, -self.tokens :].tolist(), strict=True):
+                self.rows[row].append(SimpleNamespace(token=token, real=bool(real), window=None, mask=None, stream=-1))
+
     def _record(self, states, stream_ids):
-        ids, streams = self.consumed["input_ids"], self.decoder.streams
-        tokens = ids.shape[1]
-        present = self.consumed["attention_mask"][:, -tokens:]
-        self.appended = torch.zeros(len(self.rows), dtype=torch.long)
-        prefill = [row // streams.num_streams for row in range(len(self.rows))]
-        for source, row in enumerate(streams.batch_rows):
-            entries, source = self.rows[row], prefill[row] if states is None else source
-            for place in range(tokens):
-                real = bool(present[source, place])
-                mask = None
-                if states is not None:
-                    mask = states.mask[source] if states.mask.dim() == 2 else states.mask[source, place]
-                entries.append(
-                    SimpleNamespace(
-                        token=int(ids[source, place]),
-                        real=real,
-                        window=None if mask is None else len(self.windows) - 1,
-                        mask=mask,
-                        stream=-1 if stream_ids is None else int(stream_ids[source, place]),
-                    )
-                )
+        """What the newest tokens of every row read in their upper half."""
+        if states is None:
+            return
+        for source, row in enumerate(self.decoder.streams.batch_rows):
+            for place, entry in enumerate(self.rows[row][-self.tokens :]):
+                entry.window = len(self.windows) - 1
+                entry.mask = states.mask[source] if states.mask.dim() == 2 else states.mask[source, place]
+                entry.stream = int(stream_ids[source, place])
 
     def _on_rollback(self, counts):
         cache = self.decoder.streams.cache

@@ -159,17 +159,18 @@ def test_selected_rows_of_note_states():
         NoteStates((keys,), (values,), mask, 2).select_rows(rows)
 
 
-def make_adapter(streams: int = 3) -> StreamAdapter:
-    adapter = StreamAdapter(streams, WIDTH, 4)
+def make_adapter(activation: str = "gelu", dropout: float = 0.0) -> StreamAdapter:
+    adapter = StreamAdapter(3, WIDTH, 4, activation, dropout)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return adapter
 
 
+@pytest.mark.parametrize(("activation", "function"), [("gelu", torch.nn.functional.gelu), ("tanh", torch.tanh)])
 @torch.no_grad()
-def test_stream_adapter_equals_a_loop_over_rows():
-    adapter = make_adapter()
+def test_stream_adapter_equals_a_loop_over_rows(activation, function):
+    adapter = make_adapter(activation)
     hidden = torch.randn(ROWS, TOKENS, WIDTH)
     streams = torch.tensor([0, 1, 2, 2, 0, -1])[:, None].repeat(1, TOKENS)
     streams[:, :2] = -1
@@ -179,7 +180,7 @@ def test_stream_adapter_equals_a_loop_over_rows():
             stream = int(streams[row, token])
             if stream >= 0:
                 normed = plain_norm(adapter.norm, hidden[row, token])
-                inner = torch.nn.functional.gelu(normed @ adapter.down[stream] + adapter.down_bias[stream])
+                inner = function(normed @ adapter.down[stream] + adapter.down_bias[stream])
                 expected[row, token] += inner @ adapter.up[stream]
     output = adapter(hidden, streams)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
@@ -194,8 +195,19 @@ def test_streams_beyond_the_trained_ones_share_adapters():
     assert torch.equal(adapter(hidden, many), adapter(hidden, few))
 
 
+@torch.no_grad()
+def test_stream_adapter_drops_inner_values_in_training_only():
+    adapter, hidden = make_adapter(dropout=0.5), torch.randn(3, TOKENS, WIDTH)
+    streams = torch.arange(3)[:, None].expand(3, TOKENS)
+    assert not torch.equal(adapter(hidden, streams), adapter(hidden, streams))
+    adapter.eval()
+    plain = make_adapter()
+    plain.load_state_dict(adapter.state_dict())
+    assert torch.equal(adapter(hidden, streams), plain(hidden, streams))
+
+
 def test_stream_adapter_is_zero_at_the_start_and_can_learn():
-    adapter = StreamAdapter(3, WIDTH, 4)
+    adapter = StreamAdapter(3, WIDTH, 4, "gelu", 0.0)
     hidden, streams = torch.randn(3, TOKENS, WIDTH), torch.arange(3)[:, None].expand(3, TOKENS)
     output = adapter(hidden, streams)
     assert torch.equal(output, hidden)

@@ -33,11 +33,10 @@ def write(streams, tokens):
     streams.consume(streams.next_R[rows, None, None].expand(-1, 1, 2).float())
 
 
-def test_rows_know_prompt_stream_and_the_token_before_their_section():
+def test_rows_know_prompt_and_stream():
     streams = StreamBatch([[5], [6, 7]], [[9], [], [], [8]], 4, 2, 2, torch.device("cpu"))
     assert streams.prompt_R.tolist() == [0, 0, 1, 1]
     assert streams.stream_R.tolist() == [0, 1, 0, 1]
-    assert streams.previous_R.tolist() == [9, 5, 7, 8]
 
 
 def test_a_block_ends_when_full_or_with_eos_or_at_the_limit():
@@ -84,32 +83,31 @@ def test_withdrawal_goes_back_to_the_token_before_the_block():
     streams.position_R += 4
     for token in (20, 21, 22, 23):
         write(streams, [token, token + 10, token + 20])
-    counts = streams.withdraw(torch.tensor([0, 1]))
-    assert counts.tolist() == [5, 5, 0]
-    assert streams.next_R.tolist() == [7, 4, 43]
-    assert streams.attempt_R.tolist() == [1, 1, 0]
-    assert streams.fed_R.tolist() == [-1, -1, 4]
-    assert [section.retries for section in streams.sections] == [1, 1, 0]
     streams.commit(torch.tensor([2]))
-    streams.rollback(counts)
-    assert streams.cache.counts == [[5, 5, 0]]
-    assert streams.position_R.tolist() == [3, 3, 8]
-    streams.consume(torch.full((3, 1, 2), 0.5))
-    assert streams.fed_R.tolist() == [0, 0, 5]
-    assert not streams.at_boundary(EOS)[:2].any()
+    streams.withdraw(torch.tensor([0, 1]))
+    assert streams.cache.counts == [[4, 4, 0]]
+    assert streams.attempt_R.tolist() == [1, 1, 0]
+    assert streams.fed_R.tolist() == [0, 0, 4]
+    assert streams.position_R.tolist() == [4, 4, 8]
+    assert [section.retries for section in streams.sections] == [1, 1, 0]
+    write(streams, [24, 34, 44])
+    assert streams.fed_R.tolist() == [1, 1, 5]
+    assert not streams.at_boundary(EOS).any()
     assert streams.sections[0].tokens == [] and streams.sections[2].tokens == [40, 41, 42, 43]
 
 
-def test_withdrawal_of_a_later_block_feeds_the_last_committed_token():
+def test_withdrawal_of_a_later_block_keeps_what_is_committed():
     streams = batch(block_size=2)
     for token in (20, 21):
         write(streams, [token] * 3)
     streams.commit(torch.tensor([0, 1, 2]))
     for token in (22, 23):
         write(streams, [token] * 3)
-    assert streams.withdraw(torch.tensor([1])).tolist() == [0, 3, 0]
-    assert streams.next_R.tolist() == [23, 21, 23]
+    streams.withdraw(torch.tensor([1]))
+    assert streams.cache.counts == [[0, 2, 0]]
+    assert streams.fed_R.tolist() == [4, 2, 4]
     assert streams.attempt_R.tolist() == [0, 1, 0]
+    assert streams.tap_RLD[1, streams.fed_R[1]].tolist() == [21, 21]
 
 
 def test_rollback_moves_the_mask_of_its_rows_only():
@@ -148,7 +146,6 @@ def test_histories_follow_withdrawal():
         [2, 3, 4, 8, 9, 22, 32],
     ]
     streams.withdraw(torch.tensor([1]))
-    streams.consume(torch.zeros(3, 1, 2))
     assert streams.histories(torch.tensor([1]))[0].tolist() == [2, 3, 4]
 
 

@@ -78,7 +78,7 @@ class EvaluationArguments:
     core_documents: int = field(default=128, metadata={"help": "Held-out core documents."})
     hard_documents: int = field(default=48, metadata={"help": "Held-out hard documents."})
     calibration_documents: int = field(default=96, metadata={"help": "Validation documents for calibration."})
-    speed_documents: int = field(default=9, metadata={"help": "Documents of the wall-clock comparisons."})
+    speed_documents: int = field(default=25, metadata={"help": "Documents of the wall-clock comparisons."})
     decode_batch: int = field(default=32, metadata={"help": "Documents per decoding call."})
     eval_seed: int = field(default=0, metadata={"help": "Seed of sampling."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
