@@ -119,6 +119,14 @@ def merge_generation_config(
     return config
 
 
+def end_and_pad(config: PDTGenerationConfig) -> tuple[tuple[int, ...], int]:
+    """Tokens that end a row, and the one that fills it up: the first of these, or 0, where none is named."""
+    eos = config.eos_token_id
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
+    return eos_ids, pad
+
+
 def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, seed: int) -> Settings:
     """`None` replaced by the values in the model's configuration; the gate is off while the head is untrained."""
 
@@ -134,9 +142,7 @@ def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, 
         raise ValueError(
             f"block_size must be in [1, commit_horizon={model.config.commit_horizon}], got {value('block_size')}."
         )
-    eos = config.eos_token_id
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
+    eos_ids, pad = end_and_pad(config)
     return Settings(
         num_streams=num_streams,
         block_size=value("block_size"),
@@ -232,23 +238,24 @@ def write_outlines(
     """
     if tokenizer is None:
         raise ValueError('plan="trunk" reads the outline as text: pass tokenizer=.')
+    width, (_, pad) = max(map(len, prompts)), end_and_pad(config)
+    device = model.stack.base_layer.embed_tokens.weight.device
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    options = GenerationConfig(
+        max_new_tokens=config.outline_max_new_tokens,
+        do_sample=False,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=pad,
+        stop_strings=[OUTLINE_END],
+    )
+    with model.disable_adapter():
+        written = model.trunk.generate(
+            input_ids=ids, attention_mask=mask, generation_config=options, tokenizer=tokenizer
+        )[:, width:]
     extended, plans = [], []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=model.stack.base_layer.embed_tokens.weight.device)
-        with model.disable_adapter():
-            written = model.trunk.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=GenerationConfig(
-                    max_new_tokens=config.outline_max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=config.eos_token_id,
-                    pad_token_id=config.pad_token_id,
-                    stop_strings=[OUTLINE_END],
-                ),
-                tokenizer=tokenizer,
-            )[0, len(prompt) :].tolist()
-        text = tokenizer.decode(written, skip_special_tokens=True)
+    for prompt, row in zip(prompts, written.tolist(), strict=True):
+        text = tokenizer.decode(row, skip_special_tokens=True)
         lines = parse_outline(text)
         if not lines:
             raise ValueError(f"the trunk wrote no outline of the form '1. Header: item; item', but {text!r}.")

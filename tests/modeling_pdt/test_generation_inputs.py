@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from modeling_pdt import PDTGenerationConfig
-from modeling_pdt.generation_inputs import merge_generation_config, prepare_inputs
+from modeling_pdt.generation_inputs import merge_generation_config, prepare_inputs, write_outlines
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;#'-"
@@ -176,7 +176,8 @@ def fake_outline(model, monkeypatch, text):
                 input_ids=input_ids, generation_config=generation_config, custom_generate=custom_generate, **kwargs
             )
         write.calls.append(generation_config)
-        return torch.cat([input_ids, torch.tensor([Letters()(text)["input_ids"]])], dim=1)
+        ids = torch.tensor(Letters()(text)["input_ids"])
+        return torch.cat([input_ids, ids.expand(len(input_ids), -1)], dim=1)
 
     write.calls = []
     monkeypatch.setattr(model.trunk, "generate", write)
@@ -199,6 +200,27 @@ def test_the_trunk_writes_the_plan(model, monkeypatch):
     )
     assert Letters().decode(output.merged[0].tolist()).count("## Farming\n") >= 1
     assert output.trace.settings["plan"] == "trunk"
+    assert len(calls) == 3
+
+
+def test_outlines_of_a_batch_are_those_of_the_prompts_one_by_one(model, monkeypatch):
+    generate = model.trunk.generate
+
+    def without_stop_strings(generation_config, tokenizer, **inputs):
+        generation_config.stop_strings = None
+        return generate(generation_config=generation_config, **inputs)
+
+    monkeypatch.setattr(model.trunk, "generate", without_stop_strings)
+    prompts = [torch.randint(2, 97, (length,)).tolist() for length in (4, 9, 6)]
+
+    class Numbers(Letters):
+        def decode(self, ids, **kwargs):
+            return "1. A: " + " ".join(str(int(i)) for i in ids if i > 1) + "\n\n"
+
+    config = PDTGenerationConfig(outline_max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    _, together = write_outlines(model, Numbers(), prompts, config)
+    alone = [write_outlines(model, Numbers(), [prompt], config)[1][0] for prompt in prompts]
+    assert together == alone and len({str(plan) for plan in alone}) == 3
 
 
 def test_a_trunk_that_writes_no_outline_is_told(model, monkeypatch):
