@@ -244,14 +244,6 @@ class PDTForParallelDecoding(PreTrainedModel):
         """The trunk's language-model head."""
         return self.trunk.get_output_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Checkpoints the trunk's decoder layers; conditioning stays outside what is recomputed."""
-        self.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Undoes [`gradient_checkpointing_enable`]."""
-        self.trunk.gradient_checkpointing_disable()
-
     def disable_adapter(self) -> AbstractContextManager:
         """Context in which the model is its trunk."""
         return self.peft.disable_adapter()

@@ -45,6 +45,7 @@ class DecodeArguments:
     gate_scale: float | None = field(default=None, metadata={"help": "Factor of the SNC gate; 0 silences it."})
     interventions: list[str] = field(default_factory=list, metadata={"help": "Names, for instance ablate or stale."})
     manifest: str | None = field(default=None, metadata={"help": "JSON file for the trace and the texts."})
+    device: str | None = field(default=None, metadata={"help": "Of the model: cuda, cuda:1, mps; default: the CPU."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads."})
 
 
@@ -106,7 +107,7 @@ def main(args: list[str] | None = None) -> None:
     (arguments,) = RecipeParser(DecodeArguments).parse(args)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    model = PDTForParallelDecoding.from_pretrained(arguments.model)
+    model = PDTForParallelDecoding.from_pretrained(arguments.model, device_map=arguments.device)
     model.check_conditioning()
     decode(model, AutoTokenizer.from_pretrained(arguments.model), arguments)
 

@@ -1,7 +1,7 @@
 """Evaluates trained adapters on held-out worlds: `python recipes/evaluate.py --model build/demo/model`.
 
-Writes `evaluation.json`, a report in HTML and Markdown with plots, and the calibrated agreement threshold into the
-model's `generation_config.json`.
+Writes `evaluation.json`, a report in HTML and Markdown with plots, and the calibrated thresholds into the model's
+folder (`agreement_thresholds.json`, `coverage_thresholds.json`, `generation_config.json`).
 """
 
 import logging
@@ -12,13 +12,24 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_pdt import PDTForParallelDecoding
+from trainer_pdt.calibration import save_calibration
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.report import read_training, write_report
 from trainer_pdt.evaluation.suite import Evaluation, EvaluationArguments
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import command_line, write_json
 
-SECTIONS = ("recall", "coverage", "agreement", "rollback", "text", "speed", "examples")
+SECTIONS = (
+    "recall",
+    "calibration",
+    "coverage",
+    "agreement",
+    "rollback",
+    "teacher_forced",
+    "text",
+    "speed",
+    "examples",
+)
 KEYS = {"text": "text_ce"}
 
 
@@ -54,7 +65,7 @@ def main(args: list[str] | None = None) -> dict:
     report["bars"] = check_bars(report)
     write_json(folder / "evaluation.json", report)
     if Path(arguments.model).is_dir():
-        model.generation_config.save_pretrained(arguments.model)
+        save_calibration(model, report["calibration"], arguments.model)
     write_report(report, training, folder)
     for bar in report["bars"]:
         logging.info("%-45s %8.3f  %-9s %s", bar["name"], bar["value"], bar["bar"], "met" if bar["met"] else "missed")

@@ -4,9 +4,17 @@ accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/trai
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Mxfp4Config,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from modeling_pdt import PDTAdapterConfig, PDTForParallelDecoding
 from trainer_pdt import FeatureMaker, PDTDataCollator, PDTTrainer, PDTTrainingArguments
@@ -16,6 +24,7 @@ from trainer_pdt.features import load_features
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.resume import find_checkpoint, record_run
 from trainer_pdt.telemetry import to_jsonable
+from trainer_pdt.training_report import write_training_report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,9 +34,14 @@ def load_model(
 ) -> tuple[PDTForParallelDecoding, PreTrainedTokenizerBase]:
     """A new model on the recipe's trunk, and the trunk's tokenizer."""
     name = str(ROOT / arguments.trunk) if (ROOT / arguments.trunk).is_dir() else arguments.trunk
-    experts = arguments.experts_implementation
-    choices = {} if experts is None else {"experts_implementation": experts}
-    trunk = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **choices)
+    choices: dict[str, Any] = {"dtype": arguments.trunk_dtype}
+    if arguments.experts_implementation is not None:
+        choices["experts_implementation"] = arguments.experts_implementation
+    quantization = getattr(AutoConfig.from_pretrained(name), "quantization_config", {})
+    if quantization.get("quant_method") == "mxfp4":
+        # Quantised weights have no backward.
+        choices["quantization_config"] = Mxfp4Config(dequantize=True)
+    trunk = AutoModelForCausalLM.from_pretrained(name, **choices)
     protocol = {name: getattr(arguments, name) for name in ("block_size", "bus_lag", "bus_capacity")}
     return PDTForParallelDecoding.from_trunk(trunk, adapter, **protocol), AutoTokenizer.from_pretrained(name)
 
@@ -74,6 +88,8 @@ def main() -> None:
     trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_training_report(args.output_dir)
 
 
 if __name__ == "__main__":

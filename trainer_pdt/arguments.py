@@ -4,14 +4,15 @@ What changes from stage to stage (losses, noise, bus mix, lag jitter) belongs to
 belongs to `PDTAdapterConfig` and `PDTConfig`.
 """
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from .curriculum import Curriculum, check_choice, check_range
 
-TEACHER_KINDS = ("notes", "text")
+TEACHER_KINDS = ("notes", "ema", "text", "trunk")
 
 
 @dataclass
@@ -22,17 +23,32 @@ class PDTTrainingArguments(TrainingArguments):
     Args:
         gate_lr_scale (`float`, *optional*, defaults to 10.0): Learning rate of the SNC gates relative to the rest.
         sibling_weight (`float`, *optional*, defaults to 5.0): Weight of sibling-fact tokens in `lm_ce`, `kd`, `notes`.
-        teacher_kind (`str`, *optional*, defaults to `"notes"`): Target of `kd`: the branch with true notes
-            (`"notes"`) or the trunk that reads the siblings' text (`"text"`).
+        teacher_kind (`str`, *optional*, defaults to `"notes"`): Target of `kd`: the branch with true notes and live
+            weights (`"notes"`) or their moving average (`"ema"`; aim of `kd_plan`, `spec` and `spec_kl` too), the
+            trunk that reads the siblings' text (`"text"`), or the trunk alone (`"trunk"`, not on repeated facts).
+        teacher_ema_decay (`float`, *optional*, defaults to 0.99): Share of the average that an optimizer step leaves,
+            with `teacher_kind="ema"`.
         kd_temperature (`float`, *optional*, defaults to 1.0): Temperature of `kd` and `stab`.
         kd_plan_temperature (`float`, *optional*, defaults to 1.0): Temperature of `kd_plan`.
-        kd_top_k (`int`, *optional*, defaults to 0): Teacher tokens kept per position, the rest as one bucket; 0 = all.
+        kd_top_k (`int`, *optional*, defaults to 0): Tokens kept per position of what `kd`, `keep_close` and `stab`
+            compare with, the rest as one bucket; 0 = all.
+        kd_balance_target (`float`, *optional*): Ratio of the gradient norms of `kd` and `lm_ce` to which the weight
+            of `kd` is steered; missing = the weight stays as it is. Not with DeepSpeed.
+        kd_balance_rate (`float`, *optional*, defaults to 0.05): How fast, per measurement.
+        kd_balance_every (`int`, *optional*, defaults to 10): Optimizer steps from one measurement to the next.
         spec_kl_temperature (`float`, *optional*, defaults to 1.0): Temperature of `spec_kl`.
         usage_margin (`float`, *optional*, defaults to 0.5): Nats by which notes have to help in `use`.
+        usage_sensitivity (`float`, *optional*): Nats by which true notes have to help the teacher with a token for
+            `use` to count it; missing = repeated facts that a visible note can have told.
+        redundancy_threshold (`float`, *optional*, defaults to 0.7): Cosine of siblings' notes that `red` allows.
         block_start_tokens (`int`, *optional*, defaults to 2): Tokens per block that `block_start` counts.
         coverage_pos_weight (`float`, *optional*, defaults to 1.0): Weight of stated items in `cov`.
         corruption_rate (`float`, *optional*, defaults to 0.5): Share of sibling references that the corrupted view of
             the data replaces by another value of the same type.
+        eval_bus_mixes (`list[float]`, *optional*): Shares of true notes on the bus at which evaluation takes the
+            measures of `docs/metrics.md`, for example 0, 0.35 and 1; missing = only the first table's.
+        log_gradient_norms (`int`, *optional*): Optimizer steps from one line of gradient norms per loss to the next,
+            see `trainer_pdt.gradient_norms`; missing = none.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`): Start anew in a folder that holds a run; its
             checkpoints are deleted.
     """
@@ -41,16 +57,32 @@ class PDTTrainingArguments(TrainingArguments):
     sibling_weight: float = field(default=5.0, metadata={"help": "Weight of sibling-fact tokens in token losses."})
     teacher_kind: str = field(
         default="notes",
-        metadata={"help": "Target of kd: branch with true notes, or trunk reading text.", "choices": TEACHER_KINDS},
+        metadata={"help": "Target of kd: true notes, averaged weights, text, or trunk.", "choices": TEACHER_KINDS},
     )
+    teacher_ema_decay: float = field(default=0.99, metadata={"help": "Decay of the averaged weights per step."})
     kd_temperature: float = field(default=1.0, metadata={"help": "Temperature of kd and stab."})
     kd_plan_temperature: float = field(default=1.0, metadata={"help": "Temperature of kd_plan."})
     kd_top_k: int = field(default=0, metadata={"help": "Teacher tokens kept per position; 0 keeps all."})
+    kd_balance_target: float | None = field(
+        default=None, metadata={"help": "Ratio of the gradient norms of kd and lm_ce to steer the weight of kd to."}
+    )
+    kd_balance_rate: float = field(default=0.05, metadata={"help": "Speed of the balance per measurement."})
+    kd_balance_every: int = field(default=10, metadata={"help": "Optimizer steps between measurements."})
     spec_kl_temperature: float = field(default=1.0, metadata={"help": "Temperature of spec_kl."})
     usage_margin: float = field(default=0.5, metadata={"help": "Nats by which notes have to help in use."})
+    usage_sensitivity: float | None = field(
+        default=None, metadata={"help": "Nats by which true notes have to help the teacher for use to count a token."}
+    )
+    redundancy_threshold: float = field(default=0.7, metadata={"help": "Cosine of siblings' notes that red allows."})
     block_start_tokens: int = field(default=2, metadata={"help": "Tokens per block that block_start counts."})
     coverage_pos_weight: float = field(default=1.0, metadata={"help": "Weight of stated items in cov."})
     corruption_rate: float = field(default=0.5, metadata={"help": "Share of references replaced in corrupted rows."})
+    eval_bus_mixes: list[float] = field(
+        default_factory=list, metadata={"help": "Shares of true notes at which evaluation measures notes and heads."}
+    )
+    log_gradient_norms: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between lines of gradient norms per loss."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew; deletes earlier checkpoints."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Has to stay False: the collator reads columns that forward does not name."}
@@ -63,12 +95,24 @@ class PDTTrainingArguments(TrainingArguments):
             "sibling_weight",
             "kd_temperature",
             "kd_plan_temperature",
+            "kd_balance_rate",
             "spec_kl_temperature",
             "coverage_pos_weight",
         ):
             check_range(name, getattr(self, name), 0.0, above=True)
         check_range("usage_margin", self.usage_margin, 0.0)
+        check_range("redundancy_threshold", self.redundancy_threshold, -1.0, 1.0)
+        if self.kd_balance_target is not None:
+            check_range("kd_balance_target", self.kd_balance_target, 0.0, above=True)
+        check_whole("kd_balance_every", self.kd_balance_every, 1)
+        if self.usage_sensitivity is not None:
+            check_range("usage_sensitivity", self.usage_sensitivity, 0.0)
+        check_range("teacher_ema_decay", self.teacher_ema_decay, 0.0, math.nextafter(1.0, 0.0))
         check_range("corruption_rate", self.corruption_rate, 0.0, 1.0)
+        for share in self.eval_bus_mixes:
+            check_range("eval_bus_mixes", share, 0.0, 1.0)
+        if self.log_gradient_norms is not None:
+            check_whole("log_gradient_norms", self.log_gradient_norms, 1)
         check_whole("kd_top_k", self.kd_top_k, 0)
         check_whole("block_start_tokens", self.block_start_tokens, 1)
         check_choice("teacher_kind", self.teacher_kind, TEACHER_KINDS)
@@ -83,6 +127,8 @@ class ModelArguments:
 
     Args:
         trunk (`str`): Folder or Hub id of the trunk; a folder may be relative to the repository.
+        trunk_dtype (`str`, *optional*, defaults to `"float32"`): Of the frozen trunk, an MXFP4 one dequantised; PDT
+            parameters are float32.
         experts_implementation (`str`, *optional*): How the trunk's experts are computed.
         block_size (`int`, *optional*, defaults to 12), bus_lag (`int`, *optional*, defaults to 1), bus_capacity
             (`int`, *optional*, defaults to 16): Of the model's `PDTConfig`, which checks them.
@@ -90,6 +136,7 @@ class ModelArguments:
     """
 
     trunk: str = field(metadata={"help": "Folder or Hub id of the trunk; may be relative to the repository."})
+    trunk_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the frozen trunk."})
     experts_implementation: str | None = field(default=None, metadata={"help": "Of the trunk's experts."})
     block_size: int = field(default=12, metadata={"help": "Tokens of a block."})
     bus_lag: int = field(default=1, metadata={"help": "Rounds until siblings see a note."})

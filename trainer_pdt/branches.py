@@ -6,6 +6,7 @@ Letters: B documents, S streams, R = B * S rows, T tokens, M supervised tokens, 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,38 +19,15 @@ from modeling_pdt.trunk_split import TapState
 from .arguments import PDTTrainingArguments
 from .collator import NO_SOURCE
 from .curriculum import Stage
-from .losses import (
-    IGNORE_INDEX,
-    TopKTeacher,
-    agreement_bce,
-    block_start_ce,
-    coverage_bce,
-    kd_lm,
-    kd_plan,
-    keep_close,
-    lm_ce,
-    notes_ce,
-    planner_ce,
-    readiness_targets,
-    spec_cosine,
-    spec_kl,
-    stability_kl,
-    stream_ce,
-    supervised_positions,
-    supervised_values,
-    token_ce,
-    top_k_teacher,
-    use_margin,
-)
+from .losses import TopKTeacher, supervised_positions, supervised_values
 from .noise import NoiseDraw, add_gaussian, drop_item_tokens
+from .teacher import EmaTeacher, digest, predict, true_rollout
 
-OTHER_BLOCK_WEIGHT = 0.25
-"""Weight in `agree` of blocks that nobody can contradict; decoding judges them too, so the head has to pass them."""
-
-TOKEN_LOSSES = ("lm_ce", "kd", "keep_close", "block_start", "use", "stab")
+TOKEN_LOSSES = ("lm_ce", "kd", "keep_close", "block_start", "use", "stab", "plan_snapshot")
 """Losses of the student's next-token predictions; without any of them no logits are made."""
 
-TEACHER_LOSSES = ("notes", "spec", "spec_kl", "kd_plan")
+TARGETED_LOSSES = ("spec", "spec_kl", "kd_plan")
+"""Losses that aim at what the branch with true notes makes beside logits."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +58,31 @@ class BranchOutputs:
     Args:
         student (`PDTOutput`): Reads what decoding would put on the bus (and the stage's noise); logits `[M, vocab]`.
         targets ([`Targets`]): What the student's logits are compared with.
-        teacher (`PDTOutput`): Reads the true notes.
-        trunk_MV (`Tensor`): Logits of the trunk alone on the same rows.
-        text_MV (`Tensor`): Logits of the trunk that has the siblings' sections in its context.
-        silent_MV (`Tensor`): Logits with an empty bus.
-        stale_MV (`Tensor`): Logits with a window that is one round older.
+        teacher (`PDTOutput`): Reads the true notes with the live weights.
+        averaged (`PDTOutput`): Reads the true notes with the averaged weights.
+        aim (`Tensor` or [`TopKTeacher`]): Next tokens of the teacher of `kd`; `[M, vocab]`, as the other logits.
+        trunk (`Tensor` or [`TopKTeacher`]): Of the trunk alone on the same rows.
+        stale (`Tensor` or [`TopKTeacher`]): With a window that is one round older.
+        buckets_MV (`Tensor`): With the plan's buckets in place of its texts as snapshot 0; with gradient.
+        silent_ce_M (`Tensor`): Cross-entropy with an empty bus.
+        informed_ce_M (`Tensor`): Cross-entropy with true notes.
     """
 
     student: PDTOutput
     targets: Targets
     teacher: PDTOutput | None = None
-    trunk_MV: Tensor | None = None
-    text_MV: Tensor | None = None
-    silent_MV: Tensor | None = None
-    stale_MV: Tensor | None = None
+    averaged: PDTOutput | None = None
+    aim: Tensor | TopKTeacher | None = None
+    trunk: Tensor | TopKTeacher | None = None
+    stale: Tensor | TopKTeacher | None = None
+    buckets_MV: Tensor | None = None
+    silent_ce_M: Tensor | None = None
+    informed_ce_M: Tensor | None = None
+
+    @property
+    def target(self) -> PDTOutput | None:
+        """What distillation of notes, plans and logits aims at: the averaged weights where they run."""
+        return self.teacher if self.averaged is None else self.averaged
 
 
 def build_rollout(inputs: Mapping[str, Tensor], config: PDTConfig, lag_R1: Tensor | None = None) -> Rollout:
@@ -178,6 +167,7 @@ def run_branches(
     arguments: PDTTrainingArguments,
     config: PDTConfig,
     generator: torch.Generator,
+    ema: EmaTeacher | None = None,
 ) -> BranchOutputs:
     """
     Runs the passes that the stage's losses need.
@@ -189,6 +179,7 @@ def run_branches(
         arguments (`PDTTrainingArguments`): Weights and the kind of teacher.
         config (`PDTConfig`): The model's configuration.
         generator (`torch.Generator`): Source of randomness for noise on notes.
+        ema ([`EmaTeacher`], *optional*): The averaged weights, with `teacher_kind="ema"`.
     """
     rollout = student_rollout(inputs, stage, noise, config, generator)
     positions = supervised_positions(inputs["labels"])
@@ -205,21 +196,93 @@ def run_branches(
         logits_mask=positions if predicts else torch.zeros_like(positions),
         planner_mask=inputs["planner_mask"] if plans else None,
     )
-    shared = {"tap": student.tap.detach(), "logits_mask": positions}
-    extra: dict[str, Any] = {}
-    text_teacher = arguments.teacher_kind == "text"
-    if any(stage.is_active(loss) for loss in TEACHER_LOSSES) or (stage.is_active("kd") and not text_teacher):
-        extra["teacher"] = _teacher(model, inputs, stage, rollout, shared)
-    with torch.no_grad():
-        if stage.is_active("keep_close"):
-            extra["trunk_MV"] = model(**shared).logits
-        if stage.is_active("kd") and text_teacher:
-            extra["text_MV"] = _text_teacher(model, inputs)
-        if stage.is_active("use"):
-            extra["silent_MV"] = reread(model, inputs, student.tap, silence(rollout))
-        if stage.is_active("stab"):
-            extra["stale_MV"] = reread(model, inputs, student.tap, replace(rollout, lag_R1=rollout.lag_R1 + 1))
+    extra = _teachers(model, inputs, stage, arguments, rollout, student.tap.detach(), targets, ema)
     return BranchOutputs(student, targets, **extra)
+
+
+def _teachers(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    stage: Stage,
+    arguments: PDTTrainingArguments,
+    rollout: Rollout,
+    tap: TapState,
+    targets: Targets,
+    ema: EmaTeacher | None,
+) -> dict[str, Any]:
+    """The passes that the student is compared with; with gradient only where a loss trains through one."""
+    positions, top_k, temperature = (
+        supervised_positions(inputs["labels"]),
+        arguments.kd_top_k,
+        arguments.kd_temperature,
+    )
+    kind, distils = arguments.teacher_kind, stage.is_active("kd")
+    quiet = replace(rollout, wants_coverage=False, wants_agreement=False)
+    same = {"tap": tap, "stream_ids": inputs["stream_ids"]}
+    passes = _true_notes(model, inputs, stage, arguments, quiet, same, targets, ema)
+    closes, from_trunk = stage.is_active("keep_close"), distils and kind == "trunk"
+    if closes or from_trunk:
+        temperatures = (1.0,) * closes + (temperature,) * from_trunk
+        kept = predict(model, positions, top_k, temperatures, tap=tap)[1].distributions
+        passes |= {"trunk": kept[0]} if closes else {}
+        passes |= {"aim": kept[-1]} if from_trunk else {}
+    if distils and kind == "text":
+        text = {"input_ids": inputs["text_input_ids"], "attention_mask": inputs["text_attention_mask"]}
+        place = supervised_positions(inputs["text_labels"])
+        passes["aim"] = predict(model, place, top_k, (temperature,), **text)[1].distributions[0]
+    if stage.is_active("use"):
+        passes["silent_ce_M"] = predict(model, positions, top_k, (), targets.tokens_M, **same, rollout=silence(quiet))[
+            1
+        ].ce_M
+    if stage.is_active("stab"):
+        older = replace(quiet, lag_R1=quiet.lag_R1 + 1)
+        passes["stale"] = predict(model, positions, top_k, (temperature,), **same, rollout=older)[1].distributions[0]
+    if stage.is_active("plan_snapshot"):
+        passes["buckets_MV"] = model(**same, rollout=_with_buckets(inputs, quiet), logits_mask=positions).logits
+    return passes
+
+
+def _true_notes(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    stage: Stage,
+    arguments: PDTTrainingArguments,
+    rollout: Rollout,
+    same: Mapping[str, Any],
+    targets: Targets,
+    ema: EmaTeacher | None,
+) -> dict[str, Any]:
+    """The branch that reads true notes, with the live weights where it learns and with those that teach."""
+    averages, plans = arguments.teacher_kind == "ema", stage.is_active("kd_plan")
+    learns = plans or stage.is_active("notes")
+    distils = stage.is_active("kd") and arguments.teacher_kind in ("notes", "ema")
+    informs = stage.is_active("use") and arguments.usage_sensitivity is not None
+    aimed_at = distils or informs or any(stage.is_active(loss) for loss in TARGETED_LOSSES)
+    positions = supervised_positions(inputs["labels"])
+    temperatures, tokens_M = (arguments.kd_temperature,) * distils, targets.tokens_M if informs else None
+    reading = {
+        **same,
+        "rollout": true_rollout(inputs, rollout),
+        "planner_mask": inputs["prompt_mask"] if plans else None,
+    }
+    passes: dict[str, Any] = {}
+    if learns:
+        passes["teacher"] = model(**reading, logits_mask=positions)
+    if not aimed_at:
+        return passes
+    if learns and not averages:
+        seen = digest([passes["teacher"].logits.detach()], arguments.kd_top_k, temperatures, tokens_M)
+    else:
+        with ema.weights() if averages else nullcontext():
+            output, seen = predict(model, positions, arguments.kd_top_k, temperatures, tokens_M, **reading)
+        passes["averaged" if averages else "teacher"] = output
+    return passes | {"aim": seen.distributions[0] if distils else None, "informed_ce_M": seen.ce_M}
+
+
+def _with_buckets(inputs: Mapping[str, Tensor], rollout: Rollout) -> Rollout:
+    """The same bus with the plan's buckets as snapshot 0."""
+    slots = inputs["plan_slots"]
+    return replace(rollout, item_ids_BPL=None, item_mask_BPL=None, plan_slots_BP=slots, plan_mask_BP=slots != 0)
 
 
 def silence(rollout: Rollout) -> Rollout:
@@ -234,137 +297,3 @@ def reread(model: nn.Module, inputs: Mapping[str, Tensor], tap: TapState, rollou
     rollout = replace(rollout, wants_coverage=False, wants_agreement=False)
     positions = supervised_positions(inputs["labels"])
     return model(tap=tap, stream_ids=inputs["stream_ids"], rollout=rollout, logits_mask=positions).logits
-
-
-def _teacher(
-    model: nn.Module, inputs: Mapping[str, Tensor], stage: Stage, rollout: Rollout, shared: dict[str, Any]
-) -> PDTOutput:
-    """All blocks that have true notes publish them; with gradient only where a loss trains through this branch."""
-    told = inputs["note_mask"].any(dim=2)
-    rollout = Rollout(
-        num_streams=rollout.num_streams,
-        block_size=rollout.block_size,
-        capacity=rollout.capacity,
-        write_round_RT=rollout.write_round_RT,
-        read_round_RT=rollout.read_round_RT,
-        lag_R1=rollout.lag_R1,
-        item_ids_BPL=rollout.item_ids_BPL,
-        item_mask_BPL=rollout.item_mask_BPL,
-        note_ids_RVL=inputs["note_ids"],
-        note_mask_RVL=inputs["note_mask"],
-        teacher_RV=told,
-        keep_RV=told,
-    )
-    planner_mask = inputs["prompt_mask"] if stage.is_active("kd_plan") else None
-    with torch.set_grad_enabled(stage.is_active("notes") or stage.is_active("kd_plan")):
-        return model(stream_ids=inputs["stream_ids"], rollout=rollout, planner_mask=planner_mask, **shared)
-
-
-def _text_teacher(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    return model(
-        input_ids=inputs["text_input_ids"],
-        attention_mask=inputs["text_attention_mask"],
-        logits_mask=supervised_positions(inputs["text_labels"]),
-    ).logits
-
-
-def loss_parts(
-    branches: BranchOutputs, inputs: Mapping[str, Tensor], stage: Stage, arguments: PDTTrainingArguments
-) -> dict[str, Tensor]:
-    """
-    Every loss of the stage, unweighted, by name.
-
-    Args:
-        branches ([`BranchOutputs`]): From [`run_branches`].
-        inputs (`Mapping[str, Tensor]`): The same view of the batch.
-        stage (`Stage`): Which losses to compute.
-        arguments (`PDTTrainingArguments`): Temperatures, margins and weights.
-    """
-    parts = {**_token_parts(branches, stage, arguments), **_head_parts(branches, inputs, stage, arguments)}
-    return {name: parts[name]() for name in stage.active_losses}
-
-
-def _token_parts(branches: BranchOutputs, stage: Stage, arguments: PDTTrainingArguments) -> dict[str, Any]:
-    targets, student_MV = branches.targets, branches.student.logits
-    elsewhere_M = ~targets.sibling_M
-    return {
-        "lm_ce": lambda: lm_ce(student_MV, targets.tokens_M, targets.weights_M),
-        "block_start": lambda: block_start_ce(
-            student_MV, targets.tokens_M, targets.offsets_M, arguments.block_start_tokens
-        ),
-        "keep_close": lambda: keep_close(student_MV, branches.trunk_MV, elsewhere_M),
-        "kd": lambda: kd_lm(
-            student_MV, _distillation_target(branches, arguments), _kd_weights(targets), arguments.kd_temperature
-        ),
-        "notes": lambda: notes_ce(branches.teacher.logits, targets.tokens_M, targets.weights_M),
-        "use": lambda: use_margin(
-            token_ce(student_MV, targets.tokens_M),
-            token_ce(branches.silent_MV, targets.tokens_M),
-            targets.feasible_M.float(),
-            arguments.usage_margin,
-        ),
-        "stab": lambda: stability_kl(student_MV, branches.stale_MV, elsewhere_M, arguments.kd_temperature),
-    }
-
-
-def _kd_weights(targets: Targets) -> Tensor:
-    """A teacher that knows more than any visible note could have told teaches nothing: such tokens do not count."""
-    return targets.weights_M.masked_fill(targets.sibling_M & ~targets.feasible_M, 0.0)
-
-
-def _distillation_target(branches: BranchOutputs, arguments: PDTTrainingArguments) -> Tensor | TopKTeacher:
-    target = branches.text_MV if branches.text_MV is not None else branches.teacher.logits.detach()
-    return top_k_teacher(target, arguments.kd_top_k, arguments.kd_temperature) if arguments.kd_top_k else target
-
-
-def _head_parts(
-    branches: BranchOutputs, inputs: Mapping[str, Tensor], stage: Stage, arguments: PDTTrainingArguments
-) -> dict[str, Any]:
-    student, teacher = branches.student, branches.teacher
-    streams = inputs["input_ids"].shape[0] // inputs["item_ids"].shape[0]
-
-    def planner() -> Tensor:
-        loss = planner_ce(student.planner_logits[::streams], inputs["plan_slots"])
-        if stage.is_active("kd_plan"):
-            loss = (loss + planner_ce(teacher.planner_logits[::streams], inputs["plan_slots"])) / 2
-        return loss
-
-    return {
-        "planner": planner,
-        "kd_plan": lambda: kd_plan(
-            student.planner_logits[::streams],
-            teacher.planner_logits[::streams],
-            torch.ones_like(inputs["plan_slots"]),
-            arguments.kd_plan_temperature,
-        ),
-        "spec": lambda: spec_cosine(student.speculation, teacher.notes, inputs["note_mask"].any(dim=2)),
-        "spec_kl": lambda: spec_kl(
-            student.speculation,
-            teacher.notes,
-            inputs["note_mask"].any(dim=2).float(),
-            arguments.spec_kl_temperature,
-        ),
-        "cov": lambda: coverage_bce(
-            student.coverage_logits,
-            inputs["coverage_targets"],
-            inputs["coverage_mask"],
-            arguments.coverage_pos_weight,
-        ),
-        "stream": lambda: stream_ce(student.stream_logits, inputs["stream_ids"].amax(dim=1)),
-        "agree": lambda: agreement_loss(student.agreement_logits, student.agreement_token_logits, inputs),
-    }
-
-
-def agreement_loss(logits_RV: Tensor, token_logits_RT: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """
-    Judgeable blocks with both classes balanced, all other blocks as agreeing ones with a low weight, and the tokens
-    of judgeable repeated facts: a planted contradiction tells which tokens disagree.
-    """
-    targets, labelled = readiness_targets(inputs["contradicts"], inputs["judgeable"])
-    others = inputs["block_exists"] & ~inputs["judgeable"]
-    loss = agreement_bce(logits_RV, targets, labelled)
-    loss = loss + OTHER_BLOCK_WEIGHT * agreement_bce(logits_RV, torch.ones_like(targets), others)
-    round_RT = inputs["write_round"].clamp(min=0)
-    judged_RT = (inputs["reference"] >= 0) & inputs["judgeable"].gather(1, round_RT)
-    planted_RT = judged_RT & (inputs["labels"] == IGNORE_INDEX)
-    return loss + agreement_bce(token_logits_RT, ~planted_RT, judged_RT)

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from modeling_pdt import PDTForParallelDecoding
 
 from .curriculum import PARAMETER_GROUPS, Curriculum
+from .guard import LossGuard
 from .sharding import optimizer_tensors, write_through
 from .telemetry import write_report, write_stage_history
 
@@ -99,14 +100,6 @@ class StageCallback(TrainerCallback):
         for group, rate in zip(optimizer.param_groups, kwargs["lr_scheduler"].get_last_lr(), strict=True):
             group["lr"] = rate * self.multipliers[group["pdt_group"]]
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Saves where a stage ends and another begins."""
-        if args.save_strategy != "no" and state.global_step in self.curriculum.starts[1:]:
-            control.should_save = True
-        return control
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -166,10 +159,11 @@ class ReportCallback(TrainerCallback):
     Args:
         curriculum ([`Curriculum`]): The stages.
         model (`PDTForParallelDecoding`): The model in training.
+        guard ([`LossGuard`]): Knows the steps that were skipped.
     """
 
-    def __init__(self, curriculum: Curriculum, model: PDTForParallelDecoding) -> None:
-        self.curriculum, self.model = curriculum, model
+    def __init__(self, curriculum: Curriculum, model: PDTForParallelDecoding, guard: LossGuard) -> None:
+        self.curriculum, self.model, self.guard = curriculum, model, guard
         self.started = time.monotonic()
         self.first_step = 0
 
@@ -218,6 +212,7 @@ class ReportCallback(TrainerCallback):
             "seconds": round(seconds, 1),
             "seconds_per_step": round(seconds / max(1, step - self.first_step), 4),
             "gates": gate_values(self.model),
+            "skipped": self.guard.skipped,
             "logs": state.log_history,
         }
         write_stage_history(args.output_dir, records)

@@ -25,6 +25,7 @@ PARAMETER_GROUPS: dict[str, str] = {
 LOSS_NAMES: tuple[str, ...] = (
     "planner",
     "kd_plan",
+    "plan_snapshot",
     "lm_ce",
     "kd",
     "keep_close",
@@ -34,13 +35,14 @@ LOSS_NAMES: tuple[str, ...] = (
     "spec_kl",
     "use",
     "stab",
+    "red",
     "cov",
     "stream",
     "agree",
 )
 """Losses that a stage may weigh."""
 
-METRIC_NAMES: tuple[str, ...] = ("red", "nli")
+METRIC_NAMES: tuple[str, ...] = ("nli",)
 """Measures without a gradient; they take no weight."""
 
 DataView = Literal["clean", "corrupted"]

@@ -15,6 +15,7 @@ with a line break, so pieces may be tokenized one by one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,13 @@ HEADER_FORMAT = "## {header}\n"
 
 HARMONY_TURN = "<|start|>assistant"
 HARMONY_FINAL = "<|channel|>final<|message|>"
+
+TEMPLATE_DATE = date(2025, 8, 5)
+"""The day that chat templates are told it is; a fixed one, so that a row is the same text on every day."""
+
+# transformers hands templates no callable, but what a template defines itself comes before its globals.
+_REPLACEMENTS = "".join(f"|replace('%{code}', '{TEMPLATE_DATE.strftime(f'%{code}')}')" for code in "YmdBbyAa")
+FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_REPLACEMENTS} }}}}{{%- endmacro -%}}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ def render_request(request: str, tokenizer: PreTrainedTokenizerBase | None = Non
     if tokenizer is None or tokenizer.chat_template is None:
         return REQUEST_FORMAT.format(request=request.strip())
     messages = [{"role": "user", "content": request}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    template = FIXED_DATE + tokenizer.get_chat_template()
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     return text + HARMONY_FINAL if text.endswith(HARMONY_TURN) else text
 
 

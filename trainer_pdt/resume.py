@@ -1,14 +1,14 @@
 """Continues a run in its folder: exactly, or on request; never by chance with other settings."""
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .arguments import PDTTrainingArguments
+from .checkpoints import clear_unfinished, delete_checkpoint, find_checkpoints, step_of
 from .telemetry import (
     MANIFEST_FILE,
     command_line,
@@ -32,21 +32,27 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
     The checkpoint to continue from, `None` for a new run.
 
     Args:
-        args ([`PDTTrainingArguments`]): `resume_from_checkpoint` wins and is not checked; `overwrite_output_dir`
-            deletes the folder's checkpoints.
+        args ([`PDTTrainingArguments`]): `resume_from_checkpoint` wins and its settings are not checked;
+            `overwrite_output_dir` deletes the folder's checkpoints.
         settings (`Mapping`): Of this run, by part; what its manifest will hold.
 
     Raises:
-        ValueError: When `output_dir` holds a run with other settings, naming each of them.
+        ValueError: When `output_dir` holds a run with other settings, naming each of them, or a finished one.
     """
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint:
+        if (step_of(Path(args.resume_from_checkpoint)) or 0) >= args.max_steps:
+            raise ValueError(_finished("resume_from_checkpoint", args.resume_from_checkpoint, args.max_steps))
         return args.resume_from_checkpoint
+    checkpoints = find_checkpoints(folder)
     if args.overwrite_output_dir:
-        for checkpoint in [*folder.glob("checkpoint-*"), *folder.glob(".saving-*")]:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        # Without its state a model in the folder does not count as finished.
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        for checkpoint in checkpoints.values():
+            delete_checkpoint(checkpoint)
+        clear_unfinished(folder)
         return None
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = max(checkpoints, default=None)
     if last is None and not (folder / "config.json").is_file():
         return None
     manifest = folder / MANIFEST_FILE
@@ -58,7 +64,26 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
             "settings, which continue it exactly; another output_dir; overwrite_output_dir=True, which starts anew; "
             "or resume_from_checkpoint with a checkpoint's path, which goes on with the new settings."
         )
-    return last
+    if last is None:
+        return None
+    if last >= args.max_steps and is_finished(folder, last):
+        raise ValueError(_finished("output_dir", args.output_dir, args.max_steps))
+    return str(checkpoints[last])
+
+
+def is_finished(folder: Path, step: int) -> bool:
+    """Whether the model of `step` has been written into a run's folder, and not only its checkpoint."""
+    state = folder / TRAINER_STATE_NAME
+    written = state.is_file() and (folder / TRAINING_ARGS_NAME).is_file()
+    return written and read_json(state)["global_step"] == step
+
+
+def _finished(name: str, value: str, max_steps: int) -> str:
+    return (
+        f"{name}={value!r} holds a run that is finished at max_steps={max_steps}: no step is left. Allowed: another "
+        "output_dir; overwrite_output_dir=True, which starts anew; or resume_from_checkpoint with a checkpoint's path "
+        "and a larger max_steps."
+    )
 
 
 def differences(earlier: Any, now: Any, name: str = "") -> Iterator[str]:

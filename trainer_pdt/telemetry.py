@@ -21,7 +21,7 @@ TELEMETRY_SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 STAGE_HISTORY_FILE = "stage_history.json"
 REPORT_FILE = "training_report.json"
-THRESHOLDS_FILE = "thresholds.json"
+THRESHOLD_HEADS = ("agreement", "coverage")
 RECORDED_PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "huggingface-hub"),
     *("deepspeed", "numpy", "parallel-decoder-transformer"),
@@ -226,11 +226,43 @@ def write_report(folder: str | Path, report: Mapping[str, Any]) -> Path:
     return write_json(Path(folder) / REPORT_FILE, {"schema": TELEMETRY_SCHEMA_VERSION, **report})
 
 
-def write_thresholds(folder: str | Path, thresholds: Mapping[str, float]) -> Path:
-    """Write calibrated thresholds into a run's folder; each is a finite number."""
-    for name, value in thresholds.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"thresholds[{name!r}] = {value!r}: must be a finite number")
-    return write_json(
-        Path(folder) / THRESHOLDS_FILE, {"schema": TELEMETRY_SCHEMA_VERSION, "thresholds": dict(thresholds)}
-    )
+def write_thresholds(folder: str | Path, head: str, report: Mapping[str, Any]) -> Path:
+    """
+    Write how the threshold of a head was set.
+
+    Args:
+        folder (`str` or `Path`): Receives `{head}_thresholds.json`.
+        head (`str`): One of `THRESHOLD_HEADS`.
+        report (`Mapping`): From `trainer_pdt.calibration.calibrate`: `threshold` with `mean`, and `points`, which are
+            written as `roc_points`.
+    """
+    if head not in THRESHOLD_HEADS:
+        raise ValueError(f"head={head!r}, allowed: one of {THRESHOLD_HEADS}.")
+    rest = {name: value for name, value in report.items() if name not in ("threshold", "points")}
+    content = {
+        "schema": TELEMETRY_SCHEMA_VERSION,
+        f"{head}_threshold": _probability(f"{head}_threshold", report["threshold"]["mean"]),
+        "threshold_interval": [report["threshold"]["low"], report["threshold"]["high"]],
+        **rest,
+        "roc_points": report["points"],
+    }
+    return write_json(Path(folder) / f"{head}_thresholds.json", content)
+
+
+def read_thresholds(folder: str | Path) -> dict[str, float]:
+    """`{"agreement_threshold", "coverage_threshold"}` of the files of [`write_thresholds`] that `folder` holds."""
+    found = {}
+    for head in THRESHOLD_HEADS:
+        path, name = Path(folder) / f"{head}_thresholds.json", f"{head}_threshold"
+        if path.is_file():
+            content = read_json(path)
+            if content.get("schema") != TELEMETRY_SCHEMA_VERSION:
+                raise ValueError(f"{path}: schema={content.get('schema')!r}, allowed: {TELEMETRY_SCHEMA_VERSION}.")
+            found[name] = _probability(name, content.get(name))
+    return found
+
+
+def _probability(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}, allowed: a number in [0, 1].")
+    return float(value)

@@ -13,27 +13,38 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, has_length, sort_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, has_length
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput
 from modeling_pdt.hub_layout import copy_code, load_adapter_weights
 
 from .arguments import PDTTrainingArguments
-from .branches import loss_parts, run_branches
+from .balance import DistillationBalance
+from .branches import run_branches
 from .callbacks import ReportCallback, StageCallback, is_gate, parameter_group
+from .checkpoints import (
+    COMPLETE_FILE,
+    check_resumable,
+    clear_unfinished,
+    completion_record,
+    move_into_place,
+    staging_folder,
+)
 from .collator import PDTDataCollator
-from .curriculum import PARAMETER_GROUPS, Curriculum
+from .curriculum import PARAMETER_GROUPS, Curriculum, Stage
 from .evaluation_pass import TeacherForcedMetrics
+from .gradient_norms import GradientNormLog
+from .guard import LossGuard
 from .losses import IGNORE_INDEX, LossReport, weighted_total
 from .noise import NoiseDraw, draw_noise
+from .objective import loss_parts
+from .recovery import RecoverableTrainer
 from .sharding import keep_gathered
+from .teacher import EmaTeacher
 from .telemetry import write_json
-
-COMPLETE_FILE = "complete.json"
-"""Last file of a checkpoint; a folder without it is not one."""
 
 TRUNK_FIELDS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -44,7 +55,7 @@ def step_generator(seed: int, step: int, micro_step: int, process: int) -> torch
     return torch.Generator().manual_seed(mixed % (1 << 63))
 
 
-class PDTTrainer(Trainer):
+class PDTTrainer(RecoverableTrainer):
     """
     `Trainer` for PDT adapters. A batch counts documents; all rows of a document stay in one batch.
 
@@ -54,6 +65,7 @@ class PDTTrainer(Trainer):
         curriculum ([`Curriculum`]): Stages up to `max_steps`.
         data_collator ([`PDTDataCollator`], *optional*): Made from the model's configuration and `processing_class`
             when missing; the views that the stages need are switched on.
+        guard ([`LossGuard`], *optional*): Which steps are skipped, and when too many are.
         kwargs: Of `Trainer`.
     """
 
@@ -63,6 +75,7 @@ class PDTTrainer(Trainer):
         args: PDTTrainingArguments,
         curriculum: Curriculum,
         data_collator: PDTDataCollator | None = None,
+        guard: LossGuard | None = None,
         **kwargs: Any,
     ) -> None:
         if curriculum.max_steps != args.max_steps:
@@ -76,12 +89,18 @@ class PDTTrainer(Trainer):
         data_collator.with_text_teacher |= args.teacher_kind == "text" and any(
             stage.is_active("kd") for stage in curriculum.stages
         )
-        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
-        self.curriculum = curriculum
+        super().__init__(curriculum, guard, model=model, args=args, data_collator=data_collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.add_callback(StageCallback(curriculum, model))
-        self.add_callback(ReportCallback(curriculum, model))
+        self.add_callback(ReportCallback(curriculum, model, self.guard))
+        self.ema = EmaTeacher(model, args.teacher_ema_decay) if args.teacher_kind == "ema" else None
+        if self.ema is not None:
+            self.add_callback(self.ema)
+        self.balance = DistillationBalance.of_run(args, curriculum)
+        self._kept = [part for part in (self.ema, self.balance) if part is not None]
+        every = args.log_gradient_norms
+        self.gradient_norms = GradientNormLog(args.output_dir, every) if every else None
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._micro = (-1, 0)
         self._staging: str | None = None
@@ -98,11 +117,26 @@ class PDTTrainer(Trainer):
         view = inputs["corrupted"] if stage.data == "corrupted" else inputs
         generator = self._generator()
         noise = self._draw(view, generator)
-        branches = run_branches(model, view, stage, noise, self.args, self.model.config, generator)
-        report = weighted_total(loss_parts(branches, view, stage, self.args), stage.losses)
+        branches = run_branches(model, view, stage, noise, self.args, self.model.config, generator, self.ema)
+        parts = loss_parts(branches, view, stage, self.args)
+        weights = self._weights(parts, stage)
+        measures = self.gradient_norms is not None and model.training and self.is_world_process_zero()
+        if measures and self.gradient_norms.is_due(*self._micro):
+            self.gradient_norms.write(self._micro[0], stage.name, weights, parts, self.model.pdt_parameters())
+        report = weighted_total(parts, weights)
         self._record(report)
         total = report.total + self._anchor()
         return (total, branches.student) if return_outputs else total
+
+    def _weights(self, parts: Mapping[str, Tensor], stage: Stage) -> Mapping[str, float]:
+        """Weights of the stage's losses, after this micro-batch's measurement where the run balances distillation."""
+        if self.balance is None or not self.balance.acts_in(stage):
+            return stage.losses
+        if self.balance.is_due(*self._micro):
+            named = self.model.pdt_parameters().items()
+            learning = [parameter for name, parameter in named if parameter_group(name) in stage.train]
+            self.balance.update(self.accelerator.reduce(self.balance.measure(parts, stage, learning), "mean"))
+        return self.balance.weights(stage)
 
     def _anchor(self) -> Tensor:
         """Zero, with every PDT parameter in its graph, for stages whose losses leave some out (DDP needs them all)."""
@@ -121,8 +155,9 @@ class PDTTrainer(Trainer):
 
     def _record(self, report: LossReport) -> None:
         for name, part in report.parts.items():
+            # What the guard refuses for not being a number has no place in a mean.
             total, count = self._sums.get(name, (torch.zeros_like(part), 0))
-            self._sums[name] = (total + part, count + 1)
+            self._sums[name] = (total + part.nan_to_num(0.0, 0.0, 0.0), count + part.isfinite())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every loss part since the last log, over all processes, as `loss_<name>`."""
@@ -131,6 +166,7 @@ class PDTTrainer(Trainer):
             for name, (total, count) in self._sums.items():
                 logs[f"loss_{name}"] = float(self.accelerator.reduce(total / count, "mean"))
             self._sums = {}
+            logs |= self.balance.logs() if self.balance is not None else {}
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -206,7 +242,8 @@ class PDTTrainer(Trainer):
         if not has_length(dataloader):
             raise ValueError(f"{description}: the dataset has no length, allowed: one with __len__.")
         self.model.eval()
-        metrics, world, rank = TeacherForcedMetrics(self.model), self.args.world_size, self.args.process_index
+        metrics = TeacherForcedMetrics(self.model, self.args.eval_bus_mixes)
+        world, rank = self.args.world_size, self.args.process_index
         for step, inputs in enumerate(dataloader):
             inputs = self._prepare_inputs(inputs)
             documents, rows = inputs["item_ids"].shape[0], inputs["labels"].shape[0]
@@ -252,11 +289,9 @@ class PDTTrainer(Trainer):
         """Writes a checkpoint beside its place, marks it complete, and moves it there in one step."""
         run_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        staging = run_dir / f".saving-{name}"
+        staging = staging_folder(run_dir, name)
         if self.args.should_save:
-            # What a killed run was writing, at whatever step it was.
-            for unfinished in run_dir.glob(".saving-*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            clear_unfinished(run_dir)
         self.accelerator.wait_for_everyone()
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
@@ -267,16 +302,17 @@ class PDTTrainer(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_json(staging / name / COMPLETE_FILE, {"step": self.state.global_step})
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            os.replace(staging / name, run_dir / name)
-            shutil.rmtree(staging, ignore_errors=True)
+            write_json(staging / name / COMPLETE_FILE, completion_record(staging / name, self.state.global_step))
+            move_into_place(staging / name, run_dir / name)
+            shutil.rmtree(staging)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(run_dir / name))
-            self._rotate(run_dir)
+            self.retention.apply(run_dir, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        for part in self._kept if self.args.should_save else ():
+            part.save(output_dir)
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -286,6 +322,11 @@ class PDTTrainer(Trainer):
         hook.remove()
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for part in self._kept if checkpoint is not None else ():
+            part.load(checkpoint)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository; refuses a model whose trunk nobody else could load."""
@@ -308,18 +349,6 @@ class PDTTrainer(Trainer):
             copy_code(folder)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _rotate(self, run_dir: Path) -> None:
-        """Deletes old checkpoints over `save_total_limit`; those at a stage's start are kept and not counted."""
-        limit = self.args.save_total_limit
-        kept = {f"checkpoint-{step}" for step in self.curriculum.starts}
-        best = self.state.best_model_checkpoint
-        paths = [
-            path for path in sort_checkpoints(str(run_dir), best_model_checkpoint=best) if Path(path).name not in kept
-        ]
-        for path in paths[:-limit] if limit else ():
-            if path != best:
-                shutil.rmtree(path)
-
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -332,7 +361,7 @@ class PDTTrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_complete(resume_from_checkpoint)
+        check_resumable(resume_from_checkpoint, self.args.max_steps)
         self._load_adapter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -341,7 +370,7 @@ class PDTTrainer(Trainer):
 
     def _load_deepspeed(self, folder: str) -> None:
         """Loads what learns, strictly, through DeepSpeed's own files, which hold nothing else."""
-        check_complete(folder)
+        check_resumable(folder, self.args.max_steps)
         file = Path(folder, self.model.config.adapter_subfolder, SAFETENSORS_WEIGHTS_NAME)
         with safe_open(file, framework="pt") as saved:
             differing = set(saved.keys()) ^ set(get_peft_model_state_dict(self.model.peft))
@@ -357,9 +386,3 @@ class PDTTrainer(Trainer):
 def _drop_trunk(model: PDTForParallelDecoding, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     for name in state.keys() - {f"{prefix}peft.{name}" for name in model.pdt_parameters()}:
         del state[name]
-
-
-def check_complete(checkpoint: str) -> None:
-    """Raises `ValueError` for a folder that is no complete checkpoint."""
-    if not (Path(checkpoint) / COMPLETE_FILE).is_file():
-        raise ValueError(f"resume_from_checkpoint={checkpoint!r} is not a complete checkpoint.")

@@ -7,10 +7,7 @@ import torch
 
 from tests.tiny_training import make_arguments, make_collator, make_features, make_model
 from trainer_pdt.branches import (
-    agreement_loss,
     build_rollout,
-    build_targets,
-    loss_parts,
     reread,
     run_branches,
     silence,
@@ -18,8 +15,10 @@ from trainer_pdt.branches import (
 )
 from trainer_pdt.callbacks import parameter_group
 from trainer_pdt.curriculum import LOSS_NAMES, PARAMETER_GROUPS, Stage
-from trainer_pdt.losses import IGNORE_INDEX, weighted_total
+from trainer_pdt.losses import TopKTeacher, supervised_positions, token_ce, weighted_total
 from trainer_pdt.noise import draw_noise
+from trainer_pdt.objective import loss_parts
+from trainer_pdt.teacher import EmaTeacher, predict
 
 FEATURES = [make_features(4)[index] for index in range(4)]
 # Groups that a loss moves, once zero-initialised projections have moved away from zero.
@@ -27,6 +26,7 @@ READING = {"snc", "stream_adapters", "writer", "encoder"}
 TRAINS = {
     "planner": {"planner"},
     "kd_plan": {"planner"},
+    "plan_snapshot": {"planner", "snc", "stream_adapters", "writer"},
     "lm_ce": READING,
     "kd": READING,
     "keep_close": READING,
@@ -36,6 +36,7 @@ TRAINS = {
     "spec_kl": {"writer", "snc"},
     "use": READING,
     "stab": READING,
+    "red": {"writer", "snc"},
     "cov": {"coverage", "encoder", "snc"},
     "stream": {"stream"},
     "agree": {"agreement"},
@@ -62,18 +63,42 @@ def batch(model):
     return make_collator(model, with_corrupted=True, with_text_teacher=True)(FEATURES)
 
 
-def branches_of(model, batch, stage, tmp_path, **arguments):
+class Wrapped(torch.nn.Module):
+    """What DDP and DeepSpeed do to a model: another module around it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    @property
+    def config(self):
+        return self.module.config
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+@pytest.fixture(scope="module")
+def ema(model):
+    ema = EmaTeacher(model, 0.5)
+    ema.start()
+    torch.manual_seed(5)
+    ema.average = {name: value + 0.1 * torch.randn_like(value) for name, value in ema.average.items()}
+    return ema
+
+
+def branches_of(model, batch, stage, tmp_path, ema=None, config=None, **arguments):
     arguments = make_arguments(tmp_path, **arguments)
     generator = torch.Generator().manual_seed(3)
     noise = draw_noise(stage, 4, 3, batch["block_exists"].shape[1], 1, generator)
-    return run_branches(model, batch, stage, noise, arguments, model.config, generator), arguments
+    return run_branches(model, batch, stage, noise, arguments, config or model.config, generator, ema), arguments
 
 
 @pytest.mark.parametrize("loss", LOSS_NAMES)
 def test_every_loss_moves_exactly_its_groups(model, batch, tmp_path, loss):
     one = stage([loss])
     view = batch["corrupted"] if loss == "agree" else batch
-    branches, arguments = branches_of(model, view, one, tmp_path, usage_margin=50.0)
+    branches, arguments = branches_of(model, view, one, tmp_path, usage_margin=50.0, redundancy_threshold=-1.0)
     model.zero_grad()
     report = weighted_total(loss_parts(branches, view, one, arguments), one.losses)
     assert torch.isfinite(report.total)
@@ -97,8 +122,10 @@ def test_no_pass_without_its_loss(model, batch, tmp_path, monkeypatch):
     assert branches.student.coverage_logits is None
     assert branches.student.agreement_logits is None
     assert branches.student.planner_logits is None
-    extras = (branches.teacher, branches.trunk_MV, branches.text_MV, branches.silent_MV, branches.stale_MV)
-    assert extras == (None,) * 5
+    extras = (branches.teacher, branches.averaged, branches.aim, branches.trunk, branches.stale, branches.buckets_MV)
+    assert extras == (None,) * 6
+    assert branches.silent_ce_M is None and branches.informed_ce_M is None
+    assert branches.target is None
     calls.clear()
     branches_of(model, batch, stage(["lm_ce", "kd", "keep_close", "use", "stab", "notes", "spec"]), tmp_path)
     assert len(calls) == 5
@@ -115,13 +142,16 @@ def test_heads_alone_make_no_logits(model, batch, tmp_path):
 def test_branches_differ(model, batch, tmp_path):
     both = stage(["lm_ce", "kd", "keep_close", "use", "stab"])
     branches, _ = branches_of(model, batch, both, tmp_path)
-    others = [branches.teacher.logits, branches.trunk_MV, branches.silent_MV, branches.stale_MV]
+    others = [branches.teacher.logits, branches.trunk, branches.stale]
     for other in others:
         assert other.shape == branches.student.logits.shape
         assert not torch.allclose(other, branches.student.logits, atol=1e-4)
+    silent_M = token_ce(branches.student.logits, branches.targets.tokens_M)
+    assert not torch.allclose(branches.silent_ce_M, silent_M, atol=1e-4)
+    assert branches.aim is branches.teacher.logits
     assert not branches.teacher.logits.requires_grad
     text, _ = branches_of(model, batch, both, tmp_path, teacher_kind="text")
-    assert text.text_MV.shape == branches.student.logits.shape
+    assert text.aim.shape == branches.student.logits.shape
     assert text.teacher is None
 
 
@@ -135,7 +165,7 @@ def test_trunk_pass_is_the_trunk(model, batch, tmp_path):
             use_cache=False,
         ).logits
     supervised = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
-    assert torch.allclose(plain[supervised], branches.trunk_MV, atol=1e-5)
+    assert torch.allclose(plain[supervised], branches.trunk, atol=1e-5)
 
 
 def test_shared_lower_half_equals_a_full_forward(model, batch):
@@ -160,17 +190,6 @@ def test_padding_side_does_not_change_the_loss(model, tmp_path, side):
     assert torch.allclose(report.total, expected.total, atol=1e-5)
 
 
-def test_targets_weigh_what_a_note_can_have_told(model, batch):
-    rollout = build_rollout(batch, model.config)
-    now = build_targets(batch, replace(rollout, lag_R1=rollout.lag_R1 * 0), 5.0)
-    later = build_targets(batch, replace(rollout, lag_R1=rollout.lag_R1 + 50), 5.0)
-    usual = build_targets(batch, rollout, 5.0)
-    assert usual.sibling_M.sum() >= now.feasible_M.sum() > usual.feasible_M.sum() > later.feasible_M.sum() == 0
-    assert torch.equal(usual.weights_M, torch.where(usual.feasible_M, 5.0, 1.0))
-    swapped = build_targets(batch, rollout, 5.0, torch.ones(12, dtype=torch.bool))
-    assert torch.equal(swapped.weights_M, torch.where(usual.sibling_M, 0.0, 1.0))
-
-
 def test_noise_reaches_the_rollout(model, batch):
     noisy = stage(
         ["lm_ce"], bus_mix=1.0, note_drop=0.5, note_swap=1.0, note_noise=0.3, stream_dropout=0.2, lag_jitter=0.5
@@ -191,33 +210,6 @@ def test_noise_reaches_the_rollout(model, batch):
     assert (clean.keep_RV, clean.donor_R, clean.teacher_RV, clean.perturbation_RVKN) == (None,) * 4
 
 
-def test_agreement_loss_counts_other_blocks_little(batch):
-    view = batch["corrupted"]
-    shape = view["judgeable"].shape
-    others = view["block_exists"] & ~view["judgeable"]
-    right = torch.where(view["contradicts"], -20.0, 20.0)
-    planted = (view["labels"] == IGNORE_INDEX) & (view["write_round"] >= 0)
-    tokens = torch.where(planted, -20.0, 20.0)
-    assert agreement_loss(right, tokens, view) < 1e-6
-    wrong_elsewhere = right.masked_fill(others, -4.0)
-    assert torch.allclose(agreement_loss(wrong_elsewhere, tokens, view), torch.tensor(0.25 * 4.018), atol=1e-3)
-    assert agreement_loss(torch.zeros(shape), tokens, view) > 0.6
-
-
-def test_agreement_loss_names_the_tokens_that_disagree(batch):
-    view = batch["corrupted"]
-    right = torch.where(view["contradicts"], -20.0, 20.0)
-    planted = (view["labels"] == IGNORE_INDEX) & (view["write_round"] >= 0)
-    judged = (view["reference"] >= 0) & view["judgeable"].gather(1, view["write_round"].clamp(min=0))
-    assert (planted & judged).any() and (judged & ~planted).any()
-    unsure = torch.zeros(planted.shape)
-    assert torch.allclose(agreement_loss(right, unsure, view), torch.tensor(0.6931), atol=1e-3)
-    tokens = unsure.clone().requires_grad_()
-    agreement_loss(right, tokens, view).backward()
-    assert torch.equal(tokens.grad != 0, judged)
-    assert (tokens.grad[planted & judged] > 0).all() and (tokens.grad[judged & ~planted] < 0).all()
-
-
 def test_teacher_publishes_only_blocks_that_have_true_notes(model, batch, tmp_path):
     rollouts = []
 
@@ -234,3 +226,169 @@ def test_teacher_publishes_only_blocks_that_have_true_notes(model, batch, tmp_pa
     student, teacher = rollouts
     assert student.keep_RV is None and student.teacher_RV is None
     assert torch.equal(teacher.teacher_RV, told) and torch.equal(teacher.keep_RV, told)
+
+
+def gradients(model, total):
+    model.zero_grad()
+    total.backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.pdt_parameters().items()}
+
+
+@pytest.mark.parametrize("kind", ["notes", "ema", "text", "trunk"])
+def test_every_teacher_distils_into_the_readers(model, batch, ema, tmp_path, kind):
+    one = stage(["kd"])
+    branches, arguments = branches_of(model, batch, one, tmp_path, ema, teacher_kind=kind)
+    kd = loss_parts(branches, batch, one, arguments)["kd"]
+    assert kd > 0
+    moved = {parameter_group(name) for name, g in gradients(model, kd).items() if g is not None and g.abs().sum() > 0}
+    assert moved == READING
+    wrapped, _ = branches_of(Wrapped(model), batch, one, tmp_path, ema, teacher_kind=kind)
+    assert torch.equal(loss_parts(wrapped, batch, one, arguments)["kd"], kd)
+
+
+@pytest.mark.parametrize("loss", ["kd", "kd_plan", "spec", "spec_kl"])
+def test_averaged_weights_are_the_aim(model, batch, ema, tmp_path, loss):
+    one = stage([loss])
+    live, arguments = branches_of(model, batch, one, tmp_path)
+    averaged, _ = branches_of(model, batch, one, tmp_path, ema, teacher_kind="ema")
+    assert (averaged.teacher is None) == (loss != "kd_plan")
+    assert not averaged.averaged.logits.requires_grad
+    assert torch.equal(averaged.student.logits, live.student.logits)
+    parts = [loss_parts(branches, batch, one, arguments)[loss] for branches in (live, averaged)]
+    assert not torch.allclose(*parts)
+
+
+def test_a_pass_with_averaged_weights_leaves_the_students_gradient_alone(model, batch, ema, tmp_path):
+    plain = stage(["lm_ce"])
+    branches, arguments = branches_of(model, batch, plain, tmp_path)
+    alone = gradients(model, loss_parts(branches, batch, plain, arguments)["lm_ce"])
+    both = stage(["lm_ce", "kd"])
+    branches, arguments = branches_of(model, batch, both, tmp_path, ema, teacher_kind="ema")
+    beside = gradients(model, loss_parts(branches, batch, both, arguments)["lm_ce"])
+    assert alone.keys() == beside.keys()
+    assert all(torch.equal(alone[name], beside[name]) for name in alone if alone[name] is not None)
+
+
+@pytest.mark.parametrize("kind", ["notes", "ema"])
+def test_distillation_is_zero_where_notes_and_weights_agree(model, batch, tmp_path, kind):
+    ema = EmaTeacher(model, 0.5)
+    ema.start()
+    nothing = {**batch, "note_mask": torch.zeros_like(batch["note_mask"])}
+    silent = stage(["kd"], note_drop=1.0)
+    branches, arguments = branches_of(model, nothing, silent, tmp_path, ema, teacher_kind=kind)
+    assert loss_parts(branches, nothing, silent, arguments)["kd"].abs() < 1e-6
+    branches, _ = branches_of(model, batch, silent, tmp_path, ema, teacher_kind=kind)
+    assert loss_parts(branches, batch, silent, arguments)["kd"] > 1e-4
+
+
+def test_the_trunk_teaches_nothing_about_repeated_facts(model, batch, tmp_path):
+    one = stage(["kd"])
+    branches, arguments = branches_of(model, batch, one, tmp_path, teacher_kind="trunk")
+    flat_MV = branches.aim.masked_fill(branches.targets.sibling_M[:, None], 0.0)
+    other = replace(branches, aim=flat_MV)
+    assert not torch.equal(flat_MV, branches.aim)
+    parts = [loss_parts(b, batch, one, arguments)["kd"] for b in (branches, other)]
+    assert torch.equal(*parts)
+
+
+def bucketed(logits, teacher):
+    """Log-probabilities of a teacher's kept tokens and of the rest in full logits."""
+    log_probs = torch.log_softmax(logits / teacher.temperature, dim=-1)
+    rest = log_probs.scatter(1, teacher.indices_Mk, float("-inf")).logsumexp(1, keepdim=True)
+    return torch.cat([log_probs.gather(1, teacher.indices_Mk), rest], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["notes", "ema", "text", "trunk"])
+def test_best_tokens_are_those_of_all_logits_and_never_exist_together(model, batch, ema, tmp_path, monkeypatch, kind):
+    rows = []
+    head = model.get_output_embeddings()
+    monkeypatch.setattr("trainer_pdt.teacher.LOGIT_ROWS", 16)
+    losses = stage(["kd", "keep_close", "stab", "use"])
+    chosen = {"teacher_kind": kind, "kd_temperature": 2.0, "usage_sensitivity": 0.0}
+    full, _ = branches_of(model, batch, losses, tmp_path, ema, **chosen)
+    handle = head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    small, _ = branches_of(model, batch, losses, tmp_path, ema, kd_top_k=5, **chosen)
+    handle.remove()
+    assert sorted(rows)[-1] == len(full.targets.tokens_M) > sorted(rows)[-2] == 16
+    for name in ("aim", "trunk", "stale"):
+        teacher, logits = getattr(small, name), getattr(full, name)
+        assert isinstance(teacher, TopKTeacher)
+        assert teacher.temperature == (1.0 if name == "trunk" else 2.0)
+        assert torch.allclose(teacher.log_probs_MC, bucketed(logits, teacher), atol=1e-4)
+    for name in ("silent_ce_M", "informed_ce_M"):
+        assert torch.allclose(getattr(small, name), getattr(full, name), atol=1e-5)
+    assert small.target is None or small.target.logits.shape[0] == 0
+    assert torch.equal(small.student.logits, full.student.logits)
+
+
+def test_best_tokens_of_a_model_that_is_wrapped(model, batch, tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "stream_ids")}
+        for top_k in (0, 5):
+            seen = [
+                predict(m, supervised_positions(batch["labels"]), top_k, (1.0,), **inputs)[1].distributions[0]
+                for m in (model, wrapped)
+            ]
+            tensors = [one.log_probs_MC if top_k else one for one in seen]
+            assert torch.equal(*tensors)
+        one = stage(["lm_ce", "kd"])
+        parts = []
+        for m in (model, wrapped):
+            model.zero_grad()
+            branches, arguments = branches_of(m, batch, one, tmp_path, config=model.config)
+            weighted_total(loss_parts(branches, batch, one, arguments), one.losses).total.backward()
+            parts.append([p.grad.clone() for p in model.pdt_parameters().values()])
+        assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_use_counts_what_true_notes_help_the_teacher_with(model, batch, tmp_path):
+    one = stage(["use"])
+    branches, arguments = branches_of(model, batch, one, tmp_path, usage_margin=50.0, usage_sensitivity=0.05)
+    assert branches.teacher.logits.shape[0] == 0
+    helped = branches.silent_ce_M - branches.informed_ce_M > 0.05
+    assert 0 < helped.sum() < len(helped)
+    logits = branches.student.logits.detach().requires_grad_()
+    counted = replace(branches, student=replace_logits(branches.student, logits))
+    loss_parts(counted, batch, one, arguments)["use"].backward()
+    assert torch.equal(logits.grad.abs().sum(dim=1) > 0, helped)
+    nothing = {**batch, "note_mask": torch.zeros_like(batch["note_mask"])}
+    branches, arguments = branches_of(model, nothing, one, tmp_path, usage_margin=50.0, usage_sensitivity=0.05)
+    assert loss_parts(branches, nothing, one, arguments)["use"] == 0
+
+
+def replace_logits(output, logits):
+    return type(output)(**{**output, "logits": logits})
+
+
+def test_plan_snapshot_is_zero_where_buckets_say_what_texts_say(model, batch, tmp_path):
+    one = stage(["plan_snapshot"])
+    branches, arguments = branches_of(model, batch, one, tmp_path)
+    assert loss_parts(branches, batch, one, arguments)["plan_snapshot"] > 1e-4
+    bare = {
+        **batch,
+        "plan_slots": torch.zeros_like(batch["plan_slots"]),
+        "item_mask": torch.zeros_like(batch["item_mask"]),
+    }
+    branches, arguments = branches_of(model, bare, one, tmp_path)
+    assert loss_parts(branches, bare, one, arguments)["plan_snapshot"].abs() < 1e-6
+
+
+def test_redundancy_compares_siblings_of_one_round(model, batch, tmp_path):
+    one = stage(["red"])
+    branches, arguments = branches_of(model, batch, one, tmp_path, redundancy_threshold=-1.0)
+    notes, exists = branches.student.speculation.mean(dim=2), batch["block_exists"]
+    expected = [
+        1.0 + torch.cosine_similarity(notes[a, v], notes[b, v], dim=0)
+        for document in range(4)
+        for a, b in ((0, 1), (0, 2), (1, 2))
+        for a, b in ((3 * document + a, 3 * document + b),)
+        for v in range(exists.shape[1])
+        if exists[a, v] and exists[b, v]
+    ]
+    assert torch.allclose(loss_parts(branches, batch, one, arguments)["red"], torch.stack(expected).mean(), atol=1e-5)
+    arguments.redundancy_threshold = 1.0
+    assert loss_parts(branches, batch, one, arguments)["red"].abs() < 1e-6

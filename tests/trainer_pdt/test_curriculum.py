@@ -114,7 +114,7 @@ def test_a_stage_is_frozen_and_the_recipe_is_not_written_to():
         (0, {"train": []}, "train is empty"),
         (0, {"train": ["planner", "planner"]}, "repeats a group"),
         (0, {"losses": {"planers": 1.0}}, r"losses: 'planers' is unknown \(did you mean 'planner'\?\)"),
-        (0, {"losses": {"red": 1.0}}, "'red' is unknown"),
+        (0, {"losses": {"nli": 1.0}}, "'nli' is unknown"),
         (0, {"losses": ["planner"]}, "allowed: a mapping from name to number"),
         (0, {"losses": {"planner": -1.0}}, "losses.planner=-1.0, allowed: a number at least 0.0"),
         (0, {"losses": {"planner": "1e-3"}}, "losses.planner='1e-3'"),

@@ -186,9 +186,37 @@ def test_report(tmp_path):
     assert telemetry.read_json(path) == {"schema": 1, "step": 2, "gates": [0.5], "auroc": None}
 
 
-def test_thresholds(tmp_path):
-    path = telemetry.write_thresholds(tmp_path, {"agreement_threshold": 0.4})
-    assert telemetry.read_json(path)["thresholds"] == {"agreement_threshold": 0.4}
-    for bad in (float("nan"), True, "0.4", None):
-        with pytest.raises(ValueError, match=r"thresholds\['agreement_threshold'\]"):
-            telemetry.write_thresholds(tmp_path, {"agreement_threshold": bad})
+def threshold_report(value):
+    return {
+        "rule": "a rule",
+        "threshold": {"mean": value, "low": 0.2, "high": None, "n": 3},
+        "selected_point": {"threshold": value, "tp": 1},
+        "points": [{"threshold": 0.02, "precision": None, "recall": 1.0, "tp": 1, "fp": 2, "fn": 0, "tn": 0}],
+    }
+
+
+def test_thresholds_are_written_and_read_back(tmp_path):
+    assert telemetry.read_thresholds(tmp_path) == {}
+    path = telemetry.write_thresholds(tmp_path, "agreement", threshold_report(0.4))
+    assert path.name == "agreement_thresholds.json"
+    content = telemetry.read_json(path)
+    assert content["agreement_threshold"] == content["selected_point"]["threshold"] == 0.4
+    assert content["threshold_interval"] == [0.2, None] and content["rule"] == "a rule"
+    assert content["roc_points"][0] == threshold_report(0.4)["points"][0]
+    assert telemetry.read_thresholds(tmp_path) == {"agreement_threshold": 0.4}
+    telemetry.write_thresholds(tmp_path, "coverage", threshold_report(1))
+    assert telemetry.read_thresholds(tmp_path) == {"agreement_threshold": 0.4, "coverage_threshold": 1.0}
+
+
+def test_thresholds_that_are_none_are_refused(tmp_path):
+    for bad in (float("nan"), True, "0.4", None, 1.5):
+        with pytest.raises(ValueError, match=r"agreement_threshold=.*allowed: a number in \[0, 1\]"):
+            telemetry.write_thresholds(tmp_path, "agreement", threshold_report(bad))
+    with pytest.raises(ValueError, match="head='stream', allowed"):
+        telemetry.write_thresholds(tmp_path, "stream", threshold_report(0.4))
+    telemetry.write_json(tmp_path / "coverage_thresholds.json", {"schema": 1, "coverage_threshold": 7})
+    with pytest.raises(ValueError, match="coverage_threshold=7, allowed"):
+        telemetry.read_thresholds(tmp_path)
+    telemetry.write_json(tmp_path / "coverage_thresholds.json", {"coverage_threshold": 0.5})
+    with pytest.raises(ValueError, match="schema=None, allowed: 1"):
+        telemetry.read_thresholds(tmp_path)

@@ -1,5 +1,7 @@
-"""The bars that a demo run is held against, each with its value and whether it was met."""
+"""The bars that a demo run is held against, and the ranges in which the measures of training are healthy."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 # Name, place in evaluation.json, comparison, bar. "upper" compares the upper end of the interval.
@@ -18,6 +20,22 @@ BARS: tuple[tuple[str, tuple[str, ...], str, float], ...] = (
     ("agreement AUROC with zeroed notes", ("agreement", "zeroed_notes"), "<=", 0.60),
     ("references emitted, relative to sequential", ("references_emitted", "pdt"), ">=", 0.80),
     ("wall clock, all streams vs one stream", ("speed", "parallel_vs_single"), ">=", 1.4),
+)
+# Measure, comparison, limit, what to look at outside; docs/metrics.md defines the measures and says where the limits
+# are from, docs/training.md has causes and remedies.
+HEALTH: tuple[tuple[str, str, float, str], ...] = (
+    ("mask_ablation", ">=", 0.1, "notes are not used"),
+    ("kd_ce_ratio", "<=", 0.5, "written notes tell less than true ones"),
+    ("stability_kl", "<=", 0.2, "a refresh changes what it should leave alone"),
+    ("rollback_kl", "<=", 0.5, "a rewriting would read quite differently"),
+    ("repair_error_rate", "<=", 0.1, "many tokens would change in a rewriting"),
+    ("coverage_precision", ">=", 0.6, "items count as written that are not"),
+    ("coverage_recall", ">=", 0.6, "written items are not seen"),
+    ("coverage_f1", ">=", 0.6, "the coverage head has not learnt"),
+    ("agreement_precision", ">=", 0.7, "sound blocks are flagged"),
+    ("agreement_recall", ">=", 0.5, "contradictions pass"),
+    ("redundancy", "<=", 0.1, "siblings write the same notes at the same time"),
+    ("other_kl_trunk", "<=", 0.05, "text that no sibling decides has drifted from the trunk"),
 )
 CHANCE_MODES = ("independent", "zero_notes", "gate_zero")
 CHANCE_MARGIN = 0.03
@@ -64,4 +82,15 @@ def check_bars(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             ("text KL to the trunk", text["kl"]),
         ):
             rows.append({"name": name, "value": value, "bar": f"<= {TEXT_MARGIN}", "met": value <= TEXT_MARGIN})
+    return rows
+
+
+def check_health(measures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`{name, value, bar, met, means}` for every measure of [`HEALTH`] that is a number; other entries are ignored."""
+    rows = []
+    for name, comparison, limit, means in HEALTH:
+        value = measures.get(name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            met = value >= limit if comparison == ">=" else value <= limit
+            rows.append({"name": name, "value": value, "bar": f"{comparison} {limit}", "met": met, "means": means})
     return rows

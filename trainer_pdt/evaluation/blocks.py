@@ -64,6 +64,11 @@ def document_from_texts(document: Document, texts: Sequence[StreamText]) -> Docu
     return replace(document, streams=tuple(streams))
 
 
+def documents_from_texts(documents: Sequence[Document], texts: Sequence[Sequence[StreamText]]) -> list[Document]:
+    """[`document_from_texts`] of each document."""
+    return [document_from_texts(document, text) for document, text in zip(documents, texts, strict=True)]
+
+
 def _linked_as_stated(document: Document) -> Document:
     """The document with the value of every linked fact as its source states it: tells where a linked fact is from."""
     stated: dict[str, str] = {}
@@ -163,21 +168,16 @@ def _log_probability(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     return logits_MV.float().log_softmax(-1).gather(1, targets_M[:, None]).squeeze(1)
 
 
-def threshold_by_false_alarms(scores: Sequence[BlockScore], allowed: float = 0.05) -> float:
-    """
-    The highest agreement threshold that flags at most a share `allowed` of the clean judgeable blocks.
-
-    The stated rule of calibration: a block is withdrawn when its agreement is below the threshold.
-    """
-    if not 0 <= allowed < 1:
-        raise ValueError(f"allowed must be in [0, 1), got {allowed}.")
-    clean = sorted(1 - score.disagreement for score in scores if score.judgeable and not score.contradicts)
-    if not clean:
-        raise ValueError("no clean judgeable block to calibrate on; give more documents.")
-    return min(max(clean[int(allowed * len(clean))], 1e-4), 1 - 1e-4)
-
-
 def judgeable(scores: Sequence[BlockScore], value: Callable[[BlockScore], float]) -> tuple[list[float], list[bool]]:
     """Scores and labels over the judgeable blocks."""
     chosen = [score for score in scores if score.judgeable]
     return [value(score) for score in chosen], [score.contradicts for score in chosen]
+
+
+def agreement_decisions(scores: Sequence[BlockScore]) -> list[list[tuple[float, bool]]]:
+    """Per document `(agreement, may stand)` of the judgeable blocks; documents without one are left out."""
+    documents: dict[int, list[tuple[float, bool]]] = {}
+    for score in scores:
+        if score.judgeable:
+            documents.setdefault(score.document, []).append((1 - score.disagreement, not score.contradicts))
+    return list(documents.values())

@@ -26,8 +26,11 @@ MODE_COLORS = {
 }
 """Colours by group of modes: notes on, references with text, swapped notes; all others are controls without notes."""
 
-KINDS = {"train": (BLUE, ""), "held out": (ORANGE, "o"), "bus off": (RED, "D"), "trunk alone": (GREEN, "s")}
-"""Colour and marker by kind of learning curve."""
+KINDS = {
+    **{"train": (BLUE, ""), "held out": (ORANGE, "o"), "bus off": (RED, "D"), "trunk alone": (GREEN, "s")},
+    **{"true notes 0.35": (SKY, "^"), "true notes 1": (PURPLE, "v")},
+}
+"""Colour and marker by kind of learning curve; another share of true notes is grey."""
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs: Any) -> tuple[Figure, list[Axes]]:
@@ -109,8 +112,8 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tup
     """
     Curves by panel: panel name -> kind of `KINDS` -> points (step, value).
 
-    A panel is a loss, a loss part (`loss_*`) or a held-out measure (`eval_*`, its control beside it); timings, counts
-    and rates are left out.
+    A panel is a loss, a loss part (`loss_*`) or a held-out measure (`eval_*`, beside it its control, or the same with
+    true notes on the bus); timings, counts and rates are left out.
 
     Args:
         history (`list[dict]`): Log entries with `step`.
@@ -121,10 +124,13 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tup
         for key, value in entry.items():
             name, read = key.removeprefix("eval_"), measure(value)
             kind = "held out" if name != key else "train"
-            wanted = kind == "held out" or name == "loss" or name.startswith("loss_")
+            wanted = kind != "train" or name == "loss" or name.startswith("loss_")
             skipped = (
                 key == "eval_loss" or name.startswith(("n_", "runtime", "model_")) or name.endswith("_per_second")
             )
+            if kind == "held out" and "_mix_" in name:
+                name, _, share = name.rpartition("_mix_")
+                kind = f"true notes {share}"
             for ending, control in (("_ablated", "bus off"), ("_trunk", "trunk alone")):
                 if name.endswith(ending) and key.removesuffix(ending) in known:
                     name, kind = name.removesuffix(ending), control
@@ -151,7 +157,7 @@ def plot_learning(training: Mapping[str, Any] | None, path: Path) -> Path | None
     stages = [stage for stage in (training or {}).get("stages") or [] if isinstance(stage, Mapping)]
     for index, (axis, (name, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
         for kind, points in lines.items():
-            color, marker = KINDS[kind]
+            color, marker = KINDS.get(kind, (GREY, "x"))
             axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.5, label=kind)
         axis.set_title(name.replace("_", " "), loc="left", fontsize=9.5, color=INK)
         if len(lines) > 1 or index == 0:

@@ -12,10 +12,12 @@ from modeling_pdt import PDTForParallelDecoding
 from modeling_pdt.interventions import RandomGate
 
 from ..branches import build_rollout, build_targets
+from ..calibration import Judgements, assess, calibrate
 from ..collator import PDTDataCollator
 from ..data.counting import DocumentCounts, bootstrap_rate, matching_chance, reference_rate
 from ..data.schema import Document
 from ..data.worlds import WorldOptions, generate_document
+from ..evaluation_pass import BUS_MIXES, TeacherForcedMetrics
 from ..features import FeatureMaker, collect_values
 from ..losses import supervised_positions
 from . import blocks as block_scores
@@ -31,7 +33,6 @@ from .modes import (
 )
 from .scoring import (
     auroc,
-    best_f1_threshold,
     count_written,
     coverage_decisions,
     plan_adherence,
@@ -91,11 +92,11 @@ class EvaluationArguments:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
 
 
-def held_out_documents(split: str, core: int, hard: int, **options: Any) -> list[Document]:
+def held_out_documents(split: str, core: int, hard: int, with_notes: bool = False, **options: Any) -> list[Document]:
     """The first documents of a split: core ones, then hard ones."""
     plain, many = WorldOptions(**options), WorldOptions(**{**options, "hard": True})
-    documents = [generate_document(split, index, plain, with_notes=False) for index in range(core)]
-    return documents + [generate_document(split, core + index, many, with_notes=False) for index in range(hard)]
+    kinds = [plain] * core + [many] * hard
+    return [generate_document(split, index, kind, with_notes=with_notes) for index, kind in enumerate(kinds)]
 
 
 def thinned(points: list[list[float]], count: int) -> list[list[float]]:
@@ -128,7 +129,7 @@ class Evaluation:
         )
         self.written: dict[str, Written] = {}
         self.counts: dict[str, list[DocumentCounts]] = {}
-        self._calibration: tuple[list[Document], Written] | None = None
+        self._calibration: dict[str, Any] | None = None
 
     def write(self, mode: str, **options: Any) -> Written:
         """Documents of a parallel mode with the commit gate off, written once."""
@@ -138,13 +139,38 @@ class Evaluation:
             self._keep(mode, write_parallel(self.model, self.tokenizer, self.documents, **self._common(), **options))
         return self.written[mode]
 
-    def calibration(self) -> tuple[list[Document], Written]:
-        """Validation documents and what the model writes for them: thresholds are set on nothing else."""
+    def calibration(self) -> dict[str, Any]:
+        """
+        Section `calibration`: thresholds from what the model writes for validation documents, and from nothing else.
+
+        `coverage` and `agreement` are reports of [`calibrate`]; `agreement_planted` is the agreement head on planted
+        contradictions in the same documents, at the same threshold. A head without the judgements that its rule needs
+        has no report and keeps its threshold.
+        """
         if self._calibration is None:
+            logger.info("calibrating on %d validation documents", self.arguments.calibration_documents)
             documents = held_out_documents("validation", self.arguments.calibration_documents, 0)
             written = write_parallel(self.model, self.tokenizer, documents, agreement_threshold=None, **self._common())
-            self._calibration = documents, written
+            own = self.score(block_scores.documents_from_texts(documents, written.texts))
+            covered = Judgements.of(coverage_decisions(documents, written.texts, written.events), finds=True)
+            stands = Judgements.of(block_scores.agreement_decisions(own), finds=False)
+            self._calibration = {}
+            for head, judgements, rule in (("agreement", stands, "false_alarms"), ("coverage", covered, "best_f1")):
+                self._set_threshold(head, judgements, rule)
+            planted = block_scores.agreement_decisions(self.score(documents, "corrupted"))
+            threshold = self.model.generation_config.agreement_threshold
+            if planted and threshold is not None:
+                self._calibration["agreement_planted"] = assess(Judgements.of(planted, finds=False), threshold)
         return self._calibration
+
+    def _set_threshold(self, head: str, judgements: Judgements, rule: str) -> None:
+        config, name = self.model.generation_config, f"{head}_threshold"
+        if not bool(judgements.truth_N.any()):
+            # Both rules count true events: sound blocks, covered items.
+            logger.warning("validation text has nothing to set %s by: it stays %s", name, getattr(config, name))
+            return
+        self._calibration[head] = calibrate(judgements, rule)
+        setattr(config, name, self._calibration[head]["threshold"]["mean"])
 
     def _common(self) -> dict[str, int]:
         return {"batch_size": self.arguments.decode_batch, "seed": self.arguments.eval_seed}
@@ -196,14 +222,9 @@ class Evaluation:
         return swapped_rates(self.documents, own.texts, other.texts, self.lag, self.capacity)
 
     def coverage(self) -> dict[str, Any]:
-        """Section `coverage`: own items at the end of every block, on the model's own text; sets the threshold."""
-        documents, calibration = self.calibration()
-        curve = precision_recall_curve(coverage_decisions(documents, calibration.texts, calibration.events))
+        """Section `coverage`: own items at the end of every block, on the model's own text."""
+        self.calibration()
         threshold = self.model.generation_config.coverage_threshold
-        if curve:
-            threshold = self.model.generation_config.coverage_threshold = best_f1_threshold(curve)
-        else:
-            logger.warning("no validation text states a plan item: coverage_threshold stays %s", threshold)
         written = self.write("pdt")
         decisions = coverage_decisions(self.documents, written.texts, written.events)
         documents = held_out_documents("test", self.arguments.core_documents, 0, heldout_wordings=True)
@@ -219,17 +240,14 @@ class Evaluation:
         }
 
     def agreement(self) -> dict[str, Any]:
-        """Section `agreement`: planted contradictions and the model's own text, with controls; sets the threshold."""
+        """Section `agreement`: planted contradictions and the model's own text, with controls."""
+        self.calibration()
+        threshold = self.model.generation_config.agreement_threshold
+        if threshold is None:
+            raise ValueError("agreement_threshold is None and could not be calibrated; give more documents.")
         logger.info("scoring blocks: planted contradictions, own text")
-        calibration, written = self.calibration()
-        own = [block_scores.document_from_texts(d, t) for d, t in zip(calibration, written.texts, strict=True)]
-        threshold = block_scores.threshold_by_false_alarms(self.score(own))
-        self.model.generation_config.agreement_threshold = threshold
         planted = self.score(self.documents, "corrupted")
-        texts = self.write("pdt").texts
-        generated = self.score(
-            [block_scores.document_from_texts(d, t) for d, t in zip(self.documents, texts, strict=True)]
-        )
+        generated = self.score(block_scores.documents_from_texts(self.documents, self.write("pdt").texts))
         result: dict[str, Any] = {"threshold": threshold, "controls": {}}
         for name, scores in (("planted", planted), ("generated", generated)):
             suffix = "" if name == "planted" else "_generated"
@@ -269,6 +287,18 @@ class Evaluation:
         self.write("pdt_gate_random", agreement_threshold=0.5, interventions=[chance])
         names = {"none": "pdt", "head": "pdt_gate", "head_stale": "pdt_gate_stale", "random": "pdt_gate_random"}
         return {name: rollback_counts(self.counts[mode], self.written[mode].events) for name, mode in names.items()}
+
+    def teacher_forced(self) -> dict[str, float]:
+        """Section `teacher_forced`: the measures of `docs/metrics.md` with 0, 35 and 100 % true notes on the bus."""
+        logger.info("measuring with the sections given")
+        documents = held_out_documents(
+            "test", self.arguments.core_documents, self.arguments.hard_documents, with_notes=True
+        )
+        collator = PDTDataCollator.from_config(self.model.config, self.tokenizer, with_corrupted=True)
+        metrics = TeacherForcedMetrics(self.model, BUS_MIXES)
+        for batch in batches(documents, 16):
+            metrics.add(collator([self.features(document) for document in batch]))
+        return metrics.compute(lambda sums: sums)
 
     @torch.no_grad()
     def text(self) -> dict[str, Any]:

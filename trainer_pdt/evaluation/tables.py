@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .bars import check_health
+
 MODES: dict[str, str] = {
     "pdt": "PDT, notes on",
     "pdt_core": "PDT, notes on, core documents",
@@ -223,6 +225,50 @@ def heads_table(evaluation: Mapping[str, Any]) -> Table:
     return Table("Coverage and agreement", ("measure", "value", "95 % interval", "n"), rows, note)
 
 
+def calibration_table(evaluation: Mapping[str, Any]) -> Table:
+    """How the thresholds were set, and how good the heads are on the documents that set them."""
+    labels = {
+        "coverage": "coverage",
+        "agreement": "agreement, own text",
+        "agreement_planted": "agreement, planted contradictions",
+    }
+    names = ("threshold", "precision", "recall", "f1", "auroc", "average_precision", "expected_calibration_error")
+    entries, rules = [], []
+    for key, label in labels.items():
+        report = part(evaluation, "calibration", key)
+        entries += [(f"{label}: {name.replace('_', ' ')}", report.get(name)) for name in names]
+        if report.get("rule"):
+            rules.append(f"{label}: {report['rule']}")
+    note = "Validation documents; intervals resample documents." + "".join(f" {rule}." for rule in rules)
+    rows = _rows(entries)
+    return Table("Calibration", ("measure", "value", "95 % interval", "n"), rows, note if rows else "")
+
+
+def health_table(evaluation: Mapping[str, Any]) -> Table:
+    """Measures with a healthy range, and what it may mean to be outside."""
+    found = check_health(part(evaluation, "teacher_forced"))
+    rows = [
+        [row["name"], show(row["value"]), row["bar"], row["means"], "ok" if row["met"] else "look"] for row in found
+    ]
+    columns = ("measure", "value", "healthy", "outside", "result")
+    note = "Ranges say where to look; they are not bars. docs/metrics.md defines the measures." if rows else ""
+    return Table("Health", columns, rows, note, [row["met"] for row in found])
+
+
+def mixes_table(evaluation: Mapping[str, Any]) -> Table:
+    """Measures of the notes by share of true notes on the bus."""
+    measures = part(evaluation, "teacher_forced")
+    mixed = [name.rpartition("_mix_") for name in measures if "_mix_" in name]
+    shares = sorted({share for _, _, share in mixed}, key=float)
+    rows = []
+    for name in sorted({name for name, _, _ in mixed}):
+        cells = [show(measures.get(key)) for key in (name, *(f"{name}_mix_{share}" for share in shares))]
+        if any(cells):
+            rows.append([name, *cells])
+    note = "Sections given. The columns are shares of true notes among the blocks that have one." if rows else ""
+    return Table("True notes on the bus", ("measure", "0 (decoding)", *shares), rows, note)
+
+
 def _agreement_rows(agreement: Mapping[str, Any], suffix: str, text: str) -> list[tuple[str, Any]]:
     controls = part(agreement, "controls")
     return [
@@ -319,8 +365,8 @@ def cue_table(evaluation: Mapping[str, Any]) -> Table:
 def all_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """Every table of an evaluation that has rows, in order."""
     makers = (
-        *(bars_table, recall_table, timing_table, heads_table, rollback_table, text_table, speed_table),
-        *(settings_table, cue_table),
+        *(bars_table, recall_table, timing_table, heads_table, calibration_table, rollback_table),
+        *(health_table, mixes_table, text_table, speed_table, settings_table, cue_table),
     )
     return [table for table in (maker(evaluation) for maker in makers) if table.rows]
 

@@ -4,6 +4,7 @@
 |---|---|---|
 | `planner` | `planner_ce` | planner |
 | `kd_plan` | `kd_plan` | planner |
+| `plan_snapshot` | `plan_snapshot_kl` | planner, snc, stream_adapters, writer |
 | `lm_ce` | `lm_ce` on the student branch | snc, stream_adapters, writer |
 | `kd` | `kd_lm` | snc, stream_adapters, writer |
 | `keep_close` | `keep_close` | snc, stream_adapters, writer |
@@ -13,11 +14,12 @@
 | `spec_kl` | `spec_kl` | writer |
 | `use` | `use_margin` | snc, stream_adapters, writer |
 | `stab` | `stability_kl` | snc, stream_adapters, writer |
+| `red` | `redundancy` | writer |
 | `cov` | `coverage_bce` | coverage |
 | `stream` | `stream_ce` | stream |
 | `agree` | `agreement_bce` | agreement |
 
-`redundancy` (`red`) and `nli_violation` (`nli`) are metrics: they have no gradient and take no weight.
+`nli_violation` (`nli`) is a metric: it has no gradient and takes no weight.
 """
 
 from collections.abc import Mapping
@@ -26,9 +28,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .agreement import agreement_bce, balanced_weights, readiness_targets
-from .language import TopKTeacher, block_start_ce, kd_lm, keep_close, lm_ce, token_ce, token_kl, top_k_teacher
+from .language import (
+    TopKTeacher,
+    block_start_ce,
+    join_teachers,
+    kd_lm,
+    keep_close,
+    lm_ce,
+    token_ce,
+    token_kl,
+    top_k_teacher,
+)
 from .notes import NLIScorer, nli_violation, notes_ce, redundancy, spec_cosine, spec_kl, stability_kl, use_margin
-from .plan import coverage_bce, kd_plan, planner_ce, stream_ce
+from .plan import coverage_bce, kd_plan, plan_snapshot_kl, planner_ce, stream_ce
 from .reductions import (
     IGNORE_INDEX,
     masked_mean,
@@ -84,6 +96,7 @@ __all__ = [
     "balanced_weights",
     "block_start_ce",
     "coverage_bce",
+    "join_teachers",
     "kd_lm",
     "kd_plan",
     "keep_close",
@@ -91,6 +104,7 @@ __all__ = [
     "masked_mean",
     "nli_violation",
     "notes_ce",
+    "plan_snapshot_kl",
     "planner_ce",
     "readiness_targets",
     "redundancy",

@@ -3,6 +3,7 @@
 All of them take what `shift_and_mask` returns: one row of logits per supervised token. Logits are read in float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,12 @@ def top_k_teacher(logits_MV: Tensor, k: int, temperature: float = 1.0) -> TopKTe
     logits_MV = logits_MV.detach()
     indices_Mk = logits_MV.topk(k, dim=-1).indices
     return TopKTeacher(_bucketed_log_probs(logits_MV, indices_Mk, temperature), indices_Mk, temperature)
+
+
+def join_teachers(parts: Sequence[TopKTeacher]) -> TopKTeacher:
+    """One teacher of the supervised tokens of all `parts`, in their order; they have one temperature."""
+    log_probs_MC = torch.cat([part.log_probs_MC for part in parts])
+    return TopKTeacher(log_probs_MC, torch.cat([part.indices_Mk for part in parts]), parts[0].temperature)
 
 
 def token_ce(logits_MV: Tensor, targets_M: Tensor) -> Tensor:

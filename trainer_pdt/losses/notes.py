@@ -1,4 +1,4 @@
-"""Losses that make notes true, readable and used, and the two metrics about notes that give no gradient."""
+"""Losses that make notes true, readable, used and different, and the metric about notes that gives no gradient."""
 
 from collections.abc import Callable, Sequence
 
@@ -90,10 +90,10 @@ def stability_kl(
     return masked_mean(token_kl(logits_MV, logits_before_MV, temperature), mask_M)
 
 
-@torch.no_grad()
 def redundancy(notes_XSN: Tensor, mask_XS: Tensor, threshold: float = 0.7) -> Tensor:
     """
-    Metric `red`: mean `relu(cosine - threshold)` over pairs of siblings that both wrote a note. No gradient.
+    Mean `relu(cosine - threshold)` over pairs of siblings that both wrote a note: siblings that write the same at the
+    same time tell nobody anything new. Gradient: the notes of pairs above the threshold.
 
     Args:
         notes_XSN (`Tensor` of shape `[..., streams, width]`): One note per stream, any leading dimensions.

@@ -34,6 +34,19 @@ def kd_plan(
     return masked_mean(token_kl(planner_logits_BPV, teacher_logits_BPV, temperature), mask_BP)
 
 
+def plan_snapshot_kl(buckets_MV: Tensor, texts_MV: Tensor) -> Tensor:
+    """
+    `KL(texts || buckets)` of next-token predictions: a plan embedded from its buckets says to the readers what the
+    texts of its items say. Gradient: the predictions with buckets.
+
+    Args:
+        buckets_MV (`Tensor` of shape `[supervised, vocabulary]`): Predictions with embedded buckets as snapshot 0.
+        texts_MV (`Tensor` of the same shape): Predictions with encoded item texts as snapshot 0; detached here.
+    """
+    divergence_M = token_kl(buckets_MV, texts_MV)
+    return masked_mean(divergence_M, torch.ones_like(divergence_M))
+
+
 def coverage_bce(
     coverage_logits_RKI: Tensor, targets_RKI: Tensor, mask_RKI: Tensor, pos_weight: float | None = None
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer_pdt.evaluation.bars import BARS, CHANCE_MODES, check_bars, look_up
+from trainer_pdt.evaluation.bars import BARS, CHANCE_MODES, HEALTH, check_bars, check_health, look_up
 
 
 def rate(mean, low=None, high=None, n=100):
@@ -89,3 +89,21 @@ def test_missing_numbers_have_no_row():
     assert "sibling-fact recall, feasible, all types" in names
     del evaluation["chance"]
     assert not any(bar["name"].endswith("at chance") for bar in check_bars(evaluation))
+
+
+def test_health_holds_at_the_limit_and_not_beyond():
+    at_limit = {name: limit for name, _, limit, _ in HEALTH}
+    assert [row["name"] for row in check_health(at_limit)] == list(at_limit)
+    assert all(row["met"] for row in check_health(at_limit))
+    beyond = {name: limit - 0.01 if comparison == ">=" else limit + 0.01 for name, comparison, limit, _ in HEALTH}
+    assert not any(row["met"] for row in check_health(beyond))
+
+
+def test_health_of_missing_numbers_is_left_out():
+    measures = {"mask_ablation": None, "kd_ce_ratio": float("nan"), "stability_kl": 0.1, "unknown": 3.0}
+    assert check_health(measures) == [
+        {
+            **{"name": "stability_kl", "value": 0.1, "bar": "<= 0.2", "met": True},
+            "means": "a refresh changes what it should leave alone",
+        }
+    ]

@@ -170,13 +170,15 @@ def test_a_mode_is_written_once_with_the_gate_off(evaluation, short):
 def test_every_section_of_an_untrained_model_is_plain_json(evaluation, short):
     """Recall is left without a number where nothing was repeated; bars are checked on what there is."""
     evaluation.documents = [d for d in evaluation.documents if d.domain == evaluation.documents[-1].domain][-3:]
-    evaluation.arguments.core_documents = 2
+    evaluation.arguments.core_documents, evaluation.arguments.hard_documents = 2, 1
     report = evaluation.recall()
     recall = report["sibling_fact_recall"]
     assert set(PARALLEL_MODES) | {"independent", "sequential", "full_text", "swapped_own"} <= set(recall)
     assert any(CUES[cue].value_type == "year" for cue in report["chance"]["by_cue"])
     report["coverage"] = evaluation.coverage()
     report["text_ce"] = evaluation.text()
+    report["teacher_forced"] = evaluation.teacher_forced()
+    assert {"mask_ablation", "kd_ce_ratio_mix_0.35", "coverage_recall"} <= report["teacher_forced"].keys()
     assert report["text_ce"]["kl"] >= 0 and report["text_ce"]["tokens"] > 0
     evaluation.model.generation_config.agreement_threshold = 0.5
     report["rollback"] = evaluation.rollback()
@@ -204,3 +206,24 @@ def test_agreement_section_calibrates_on_clean_text(evaluation, monkeypatch):
     assert 0 <= result["auroc"] <= 1 and 0 <= result["controls"]["logp_gap"] <= 1
     assert result["repaired"]["mean"] is None and 0 <= result["false_rollback"]["mean"] <= 1
     json.dumps(result)
+    calibration = evaluation.calibration()
+    assert set(calibration) == {"agreement", "agreement_planted"}
+    assert calibration["agreement"]["threshold"]["mean"] == result["threshold"]
+    assert calibration["agreement"]["wanted"] == 0 < calibration["agreement_planted"]["wanted"]
+    assert calibration["agreement_planted"]["selected_point"]["threshold"] == result["threshold"]
+
+
+def test_a_head_without_judgements_keeps_its_threshold(evaluation, monkeypatch, caplog):
+    def write(model, tokenizer, documents, **options):
+        texts = [[StreamText("So it is.") for _ in document.streams] for document in documents]
+        return SimpleNamespace(texts=texts, events=[[] for _ in texts], results=[])
+
+    monkeypatch.setattr(suite, "write_parallel", write)
+    config = evaluation.model.generation_config
+    config.agreement_threshold = None
+    assert evaluation.calibration() == {}
+    assert (config.agreement_threshold, config.coverage_threshold) == (None, 0.5)
+    assert "agreement_threshold by: it stays None" in caplog.text
+    assert "coverage_threshold by: it stays 0.5" in caplog.text
+    with pytest.raises(ValueError, match="agreement_threshold is None"):
+        evaluation.agreement()

@@ -1,4 +1,4 @@
-"""Block scores: labels of planted and of written contradictions, controls, and the calibrated threshold."""
+"""Block scores: labels of planted and of written contradictions, controls, and what calibration takes from them."""
 
 import random
 from dataclasses import replace
@@ -18,10 +18,10 @@ from trainer_pdt.data.worlds_parser import parse_section
 from trainer_pdt.evaluation import blocks as blocks_module
 from trainer_pdt.evaluation.blocks import (
     BlockScore,
+    agreement_decisions,
     document_from_texts,
     judgeable,
     score_blocks,
-    threshold_by_false_alarms,
 )
 from trainer_pdt.features import collect_values, plant_contradictions
 from trainer_pdt.trunk import TrunkArguments, trunk_config
@@ -224,30 +224,13 @@ def make_scores(agreements, contradicts=False, can_judge=True):
     return [BlockScore(0, 0, 0, contradicts, can_judge, 1 - value, 0.5, 0.0) for value in agreements]
 
 
-@pytest.mark.parametrize(("allowed", "flagged"), [(0.0, 0), (0.04, 0), (0.05, 1), (0.14, 2), (0.5, 10)])
-def test_threshold_is_the_highest_with_few_enough_false_alarms(allowed, flagged):
-    clean = [(number + 1) / 32 for number in range(20)]
-    others = make_scores([0.001] * 9, contradicts=True) + make_scores([0.002] * 9, can_judge=False)
-    threshold = threshold_by_false_alarms(others + make_scores(clean[::-1]), allowed)
-    assert sum(value < threshold for value in clean) == flagged <= allowed * 20
-    assert threshold == clean[flagged]
-
-
-def test_threshold_of_ties_flags_none_of_them():
-    assert threshold_by_false_alarms(make_scores([0.5] * 10 + [0.75] * 10), 0.3) == 0.5
-
-
-def test_threshold_needs_clean_judgeable_blocks():
-    with pytest.raises(ValueError, match="no clean judgeable block"):
-        threshold_by_false_alarms(make_scores([0.5], contradicts=True) + make_scores([0.5], can_judge=False))
-
-
-@pytest.mark.parametrize("allowed", [-0.1, 1.0, 1.5])
-def test_threshold_needs_a_share_below_one(allowed):
-    with pytest.raises(ValueError, match=rf"allowed .*\[0, 1\).*{allowed}"):
-        threshold_by_false_alarms(make_scores([0.25, 0.5]), allowed)
-
-
 def test_judgeable_gives_values_and_labels():
     scores = make_scores([0.25], contradicts=True) + make_scores([0.5], can_judge=False) + make_scores([0.75])
     assert judgeable(scores, lambda score: score.disagreement) == ([0.75, 0.25], [True, False])
+
+
+def test_decisions_of_agreement_are_those_of_judgeable_blocks_by_document():
+    scores = [BlockScore(document, 0, 0, wrong, judge, 0.25, 0.5, 0.0) for document, wrong, judge in (
+        (0, False, True), (0, True, True), (1, True, False), (2, True, True),
+    )]  # fmt: skip
+    assert agreement_decisions(scores) == [[(0.75, True), (0.75, False)], [(0.75, False)]]

@@ -87,6 +87,14 @@ def full_evaluation():
             "roc_generated": [[0, 0], [0.1, 0.5], [0.3, 0.8], [1, 1]],
             **{"threshold": 0.42, "repaired": rate(0.4), "false_rollback": rate(0.03), "blocks": 800, "positives": 90},
         },
+        "calibration": {
+            "agreement": {"rule": "the rule", "threshold": rate(0.42), "auroc": rate(0.8), "f1": 0.7, "points": []},
+            "coverage": {"rule": "another", "threshold": rate(0.5), "expected_calibration_error": rate(0.05)},
+        },
+        "teacher_forced": {
+            **{"mask_ablation": 2.5, "mask_ablation_mix_0.35": 2.6, "mask_ablation_mix_1": 2.8, "other_ce": 1.0},
+            **{"stability_kl": 0.3, "stability_kl_mix_0.35": 0.2, "stability_kl_mix_1": 0.1, "n_other": 7},
+        },
         "rollback": {
             flag: {
                 **{"consistent": 360, "contradictory": 170, "rate": rate(0.68), "same_round": rate(0.2, n=51)},
@@ -204,6 +212,26 @@ def test_missing_numbers_leave_their_row_out(missing):
             assert not any(re.search(r"\bnan\b|None", cell) for cell in cells)
 
 
+def test_calibration_health_and_mixes_are_shown():
+    by_title = {table.title: table for table in tables.all_tables(full_evaluation())}
+    calibration = by_title["Calibration"]
+    assert [row[0] for row in calibration.rows] == [
+        *("coverage: threshold", "coverage: expected calibration error"),
+        *("agreement, own text: threshold", "agreement, own text: f1", "agreement, own text: auroc"),
+    ]
+    assert "coverage: another." in calibration.note and "agreement, own text: the rule." in calibration.note
+    health = by_title["Health"]
+    assert health.met == [True, False]
+    assert health.rows[1] == [
+        *("stability_kl", "0.300", "<= 0.2", "a refresh changes what it should leave alone", "look"),
+    ]
+    assert by_title["True notes on the bus"].columns == ("measure", "0 (decoding)", "0.35", "1")
+    assert by_title["True notes on the bus"].rows == [
+        ["mask_ablation", "2.500", "2.600", "2.800"],
+        ["stability_kl", "0.300", "0.200", "0.100"],
+    ]
+
+
 def test_empty_evaluation_makes_a_page_without_tables(tmp_path):
     page = write_report({}, None, tmp_path).read_text(encoding="utf-8")
     assert "<table" not in page and "<img" not in page
@@ -245,6 +273,13 @@ def test_curves_keep_losses_and_held_out_measures_with_their_controls():
     assert list(panels["lm_ce"]) == ["held out", "bus off"]
     assert panels["lm_ce"]["bus off"] == [(200.0, 3.0), (400.0, 3.0), (600.0, 3.0)]
     assert len(panels["loss"]["train"]) == 60
+
+
+def test_curves_put_bus_mixes_into_one_panel():
+    entry = {"step": 5, "eval_stability_kl": 0.1, "eval_stability_kl_mix_0.35": 0.2, "eval_stability_kl_mix_1": 0.3}
+    assert plots.curves([entry]) == {
+        "stability_kl": {"held out": [(5.0, 0.1)], "true notes 0.35": [(5.0, 0.2)], "true notes 1": [(5.0, 0.3)]},
+    }
 
 
 def test_most_telling_example_has_a_rollback():

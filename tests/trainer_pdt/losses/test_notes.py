@@ -104,7 +104,11 @@ def test_redundancy_by_hand():
     notes = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]], requires_grad=True)
     value = redundancy(notes, torch.tensor([True, True, True]))
     assert value.item() == pytest.approx(0.3 / 3)
-    assert not value.requires_grad
+    value.backward()
+    assert notes.grad.abs().max() < 1e-6
+    leaning = torch.tensor([[1.0, 0.0], [2.0, 0.5], [0.0, 1.0]], requires_grad=True)
+    redundancy(leaning, torch.tensor([True, True, True])).backward()
+    assert (leaning.grad.abs().sum(dim=-1) > 1e-6).tolist() == [True, True, False]
     assert redundancy(notes, torch.tensor([True, True, False])).item() == pytest.approx(0.3)
     assert redundancy(notes, torch.tensor([True, False, False])).item() == 0.0
     stacked = redundancy(torch.stack([notes, notes]), torch.tensor([[True, True, False], [True, True, True]]))

@@ -1,0 +1,40 @@
+"""Calibrates the thresholds of trained adapters: `python recipes/calibrate.py --model build/demo/model`.
+
+Writes `agreement_thresholds.json`, `coverage_thresholds.json` and `generation_config.json` into the model's folder, or
+for a model of the Hub into `output_folder`. Evaluation does the same on its way; this recipe does nothing else.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from modeling_pdt import PDTForParallelDecoding
+from trainer_pdt.calibration import save_calibration
+from trainer_pdt.evaluation.suite import Evaluation, EvaluationArguments
+from trainer_pdt.parser import RecipeParser
+
+
+def main(args: list[str] | None = None) -> dict:
+    """Calibrates and returns both reports."""
+    (arguments,) = RecipeParser(EvaluationArguments).parse(args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(arguments.threads)
+    model = PDTForParallelDecoding.from_pretrained(arguments.model)
+    model.check_conditioning()
+    evaluation = Evaluation(model, AutoTokenizer.from_pretrained(arguments.model), arguments)
+    calibration = evaluation.calibration()
+    folder = arguments.model if Path(arguments.model).is_dir() else arguments.output_folder
+    for path in save_calibration(model, calibration, folder):
+        logging.info("wrote %s", path)
+    for head, report in calibration.items():
+        for name in ("threshold", "auroc", "f1", "expected_calibration_error"):
+            if name in report:
+                value = report[name]
+                logging.info("%-18s %-28s %s (%s to %s)", head, name, value["mean"], value["low"], value["high"])
+    return calibration
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""recipes/calibrate.py on a tiny model: files in the model's folder, taken up by the next load."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from modeling_pdt import PDTForParallelDecoding
+from tests.tiny_training import make_model, tokenizer
+from trainer_pdt.data.counting import StreamText
+from trainer_pdt.evaluation import suite
+from trainer_pdt.telemetry import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recipe():
+    spec = importlib.util.spec_from_file_location("calibrate_recipe", ROOT / "recipes/calibrate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_thresholds_reach_the_next_load(recipe, tmp_path, monkeypatch):
+    """The worlds' own sections stand in for what a trained model writes; every item is covered at the end."""
+
+    def write(model, tokenizer, documents, **options):
+        texts = [[StreamText(stream.text, (len(stream.text),)) for stream in d.streams] for d in documents]
+        events = [
+            [
+                {"kind": "commit", "stream": item.stream, "round": 0, "coverage": {str(index): 0.5 + index / 100}}
+                for index, item in enumerate(document.items)
+            ]
+            for document in documents
+        ]
+        return SimpleNamespace(texts=texts, events=events, results=[])
+
+    monkeypatch.setattr(suite, "write_parallel", write)
+    monkeypatch.setattr(suite, "VALUE_DOCUMENTS", 60)
+    model, folder = make_model(), tmp_path / "model"
+    model.save_pretrained(folder, include_trunk=True)
+    tokenizer().save_pretrained(folder)
+    report = recipe.main(["--model", str(folder), "--calibration_documents", "4", "--threads", "1"])
+    assert set(report) == {"agreement", "agreement_planted", "coverage"}
+    loaded = PDTForParallelDecoding.from_pretrained(folder).generation_config
+    for head in ("agreement", "coverage"):
+        written = read_json(folder / f"{head}_thresholds.json")
+        assert (
+            written[f"{head}_threshold"] == report[head]["threshold"]["mean"] == getattr(loaded, f"{head}_threshold")
+        )
+        assert written["rule"] and len(written["roc_points"]) == 49
+    assert not (tmp_path / "build").exists()

@@ -1,0 +1,60 @@
+"""On which tokens and blocks the losses count."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny_training import make_collator, make_features, make_model
+from trainer_pdt.branches import build_rollout, build_targets
+from trainer_pdt.losses import IGNORE_INDEX
+from trainer_pdt.objective import agreement_loss
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    features = make_features(4)
+    return make_collator(model, with_corrupted=True)([features[index] for index in range(4)])
+
+
+def test_agreement_loss_counts_other_blocks_little(batch):
+    view = batch["corrupted"]
+    shape = view["judgeable"].shape
+    others = view["block_exists"] & ~view["judgeable"]
+    right = torch.where(view["contradicts"], -20.0, 20.0)
+    planted = (view["labels"] == IGNORE_INDEX) & (view["write_round"] >= 0)
+    tokens = torch.where(planted, -20.0, 20.0)
+    assert agreement_loss(right, tokens, view) < 1e-6
+    wrong_elsewhere = right.masked_fill(others, -4.0)
+    assert torch.allclose(agreement_loss(wrong_elsewhere, tokens, view), torch.tensor(0.25 * 4.018), atol=1e-3)
+    assert agreement_loss(torch.zeros(shape), tokens, view) > 0.6
+
+
+def test_agreement_loss_names_the_tokens_that_disagree(batch):
+    view = batch["corrupted"]
+    right = torch.where(view["contradicts"], -20.0, 20.0)
+    planted = (view["labels"] == IGNORE_INDEX) & (view["write_round"] >= 0)
+    judged = (view["reference"] >= 0) & view["judgeable"].gather(1, view["write_round"].clamp(min=0))
+    assert (planted & judged).any() and (judged & ~planted).any()
+    unsure = torch.zeros(planted.shape)
+    assert torch.allclose(agreement_loss(right, unsure, view), torch.tensor(0.6931), atol=1e-3)
+    tokens = unsure.clone().requires_grad_()
+    agreement_loss(right, tokens, view).backward()
+    assert torch.equal(tokens.grad != 0, judged)
+    assert (tokens.grad[planted & judged] > 0).all() and (tokens.grad[judged & ~planted] < 0).all()
+
+
+def test_targets_weigh_what_a_note_can_have_told(model, batch):
+    rollout = build_rollout(batch, model.config)
+    now = build_targets(batch, replace(rollout, lag_R1=rollout.lag_R1 * 0), 5.0)
+    later = build_targets(batch, replace(rollout, lag_R1=rollout.lag_R1 + 50), 5.0)
+    usual = build_targets(batch, rollout, 5.0)
+    assert usual.sibling_M.sum() >= now.feasible_M.sum() > usual.feasible_M.sum() > later.feasible_M.sum() == 0
+    assert torch.equal(usual.weights_M, torch.where(usual.feasible_M, 5.0, 1.0))
+    swapped = build_targets(batch, rollout, 5.0, torch.ones(12, dtype=torch.bool))
+    assert torch.equal(swapped.weights_M, torch.where(usual.sibling_M, 0.0, 1.0))

@@ -1,0 +1,73 @@
+"""The part of the trainer that survives bad batches, lucky evaluations and runs that are already at their end."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from .checkpoints import LastingCheckpointsCallback, Retention, smoothed
+from .curriculum import Curriculum
+from .guard import LossGuard, NamedBatches
+
+logger = logging.get_logger(__name__)
+
+
+class RecoverableTrainer(Trainer):
+    """
+    `Trainer` with a guard before each optimizer step, checkpoints that stay, and a best one by a smoothed metric.
+
+    Args:
+        curriculum ([`Curriculum`]): The stages.
+        guard ([`LossGuard`], *optional*): Which steps are skipped, and when too many are.
+        kwargs: Of `Trainer`, `args` and `data_collator` among them.
+    """
+
+    def __init__(self, curriculum: Curriculum, guard: LossGuard | None = None, **kwargs: Any) -> None:
+        args = kwargs["args"]
+        if args.metric_for_best_model is not None and args.save_total_limit == 1:
+            # `Trainer` itself would delete all but the best at the end.
+            raise ValueError("save_total_limit=1, allowed with metric_for_best_model: None or at least 2.")
+        super().__init__(**{**kwargs, "data_collator": NamedBatches(kwargs["data_collator"])})
+        self.curriculum = curriculum
+        self.retention = Retention.of_run(curriculum, args.save_total_limit)
+        self.guard = LossGuard() if guard is None else guard
+        self.add_callback(LastingCheckpointsCallback(self.retention))
+        self.add_callback(self.guard)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch, noted for the guard."""
+        documents = inputs["document_ids"]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.add(loss, documents)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | float | None:
+        # The last call before the optimizer's step, and the one that knows the gradients of all processes.
+        norm, step = super()._get_grad_norm(model, grad_norm), self.state.global_step
+        value = None if norm is None else float(norm)
+        if not self.guard.accepts(step, self.curriculum.index_at(step), value, self.accelerator):
+            # An optimizer leaves a parameter without gradient, and its moments, as they are.
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether the smoothed metric is the best so far; then its checkpoint is written at once."""
+        name = self.args.metric_for_best_model
+        if name is not None:
+            key = name if name.startswith("eval_") else f"eval_{name}"
+            values = [entry[key] for entry in self.state.log_history if key in entry]
+            metrics = {**metrics, **({key: smoothed(values)} if values else {})}
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.save_strategy != "no"
+        return is_best
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks at `max_steps` after a step only, so it would add one to a run that has no step left.
+        if self.state.global_step < self.args.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            logger.warning(f"The checkpoint is at max_steps={self.args.max_steps}: no step is left to train.")
+            self.control.should_training_stop = True
