@@ -90,6 +90,8 @@ class PDTTrainer(RecoverableTrainer):
             stage.is_active("kd") for stage in curriculum.stages
         )
         super().__init__(curriculum, guard, model=model, args=args, data_collator=data_collator, **kwargs)
+        if self.is_fsdp_enabled:
+            raise ValueError("fsdp is on, allowed: DDP, ZeRO-2 or ZeRO-3; FSDP would drop the masks of frozen groups.")
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.add_callback(StageCallback(curriculum, model))
