@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..telemetry import command_line, read_json
+from ..telemetry import read_json
 from .tables import Table, part, to_markdown
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,10 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     table = to_markdown(seeds_table([read_json(path) for path in options.evaluations]))
-    options.output.write_text(f"{table}\nWritten by `{' '.join(command_line())}`.\n", encoding="utf-8")
+    command = (
+        f"python -m trainer_pdt.evaluation.seeds {' '.join(map(str, options.evaluations))} --output {options.output}"
+    )
+    options.output.write_text(f"{table}\nWritten by `{command}`.\n", encoding="utf-8")
     logger.info("wrote %s", options.output)
 
 

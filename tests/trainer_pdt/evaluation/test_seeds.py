@@ -45,4 +45,5 @@ def test_the_file_names_its_command(tmp_path):
         (tmp_path / f"{seed}.json").write_text(json.dumps(evaluation(seed, 0.7)))
     main([str(tmp_path / "1.json"), str(tmp_path / "2.json"), "--output", str(tmp_path / "seeds.md")])
     text = (tmp_path / "seeds.md").read_text()
-    assert "| recall | 0.700 | 0.700 | 0.700 | 0.000 | >= 0.6 | met |" in text and "Written by `" in text
+    assert f"Written by `python -m trainer_pdt.evaluation.seeds {tmp_path}/1.json {tmp_path}/2.json --output" in text
+    assert "| recall | 0.700 | 0.700 | 0.700 | 0.000 | >= 0.6 | met |" in text
