@@ -1,6 +1,6 @@
 """The whole chain on the shipped tiny trunk: train adapters, evaluate, decode prompts, write the report.
 
-python recipes/demo.py                                       # build/demo, about 15 minutes on 2 cores
+python recipes/demo.py                                       # build/demo, about 16 minutes on 2 cores
 python recipes/demo.py --config recipes/tiny/smoke.yaml      # the same with tiny numbers, under 2 minutes
 python recipes/demo.py --resume                              # keeps parts that are finished
 """
