@@ -13,6 +13,7 @@ from .configuration_adapter import PDTAdapterConfig
 from .heads import PDTHeads
 from .note_states import NoteStates
 from .snc import SharedNotesCrossAttention, StreamAdapter
+from .spectral_norm import limit_spectral_norm
 from .trunk_split import TapState, run_lower, run_upper
 
 
@@ -74,6 +75,7 @@ class PDTStack(nn.Module, BaseTunerLayer):
             )
             for _ in config.instrumented_layers
         )
+        self.limit_spectral_norm(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -106,6 +108,18 @@ class PDTStack(nn.Module, BaseTunerLayer):
         if len(names) != 1:
             raise ValueError(f"exactly one PDT adapter must be active, got {names}.")
         return names[0]
+
+    def limit_spectral_norm(self, adapter_name: str) -> None:
+        """Scales down the matrices of SNC and of the stream adapters that exceed the adapter's `spectral_norm`."""
+        limit = self.pdt_configs[adapter_name].spectral_norm
+        if limit is None:
+            return
+        for snc in (*self.pdt_snc[adapter_name], self.pdt_heads[adapter_name].agreement.reader):
+            for linear in (snc.q_proj, snc.k_proj, snc.v_proj, snc.o_proj):
+                limit_spectral_norm(linear.weight, limit)
+        for module in self.pdt_stream_adapters[adapter_name]:
+            limit_spectral_norm(module.down, limit)
+            limit_spectral_norm(module.up, limit)
 
     @property
     def split(self) -> int:

@@ -60,6 +60,9 @@ class PDTAdapterConfig(PeftConfig):
         snc_init (`str`, *optional*, defaults to `"trunk_space"`):
             `"trunk_space"`: projections start as (sub-)identities, so that a note acts as a trunk state.
             `"zero"`: as before with the output projection at zero, so that the model starts as its trunk.
+        spectral_norm (`float`, *optional*):
+            Largest singular value that the start and every training step leave to the matrices of SNC and of the
+            stream adapters; 1 and above leaves the trunk-space start as it is. Defaults to no limit.
         gate_mode (`str`, *optional*, defaults to `"scalar"`):
             `"scalar"`, `"per_head"`, or `"dynamic"` (per head and token, a zero-initialised linear map on top).
         gate_init (`float`, *optional*, defaults to 0.0):
@@ -95,6 +98,9 @@ class PDTAdapterConfig(PeftConfig):
     snc_heads: int | None = field(default=None, metadata={"help": "Heads of shared-notes cross-attention."})
     snc_placement: str = field(default="between", metadata={"help": "between or after_attention."})
     snc_init: str = field(default="trunk_space", metadata={"help": "trunk_space or zero."})
+    spectral_norm: float | None = field(
+        default=None, metadata={"help": "Largest singular value of the matrices of SNC and stream adapters."}
+    )
     gate_mode: str = field(default="scalar", metadata={"help": "scalar, per_head or dynamic."})
     gate_init: float = field(default=0.0, metadata={"help": "Initial gate logit."})
     adapter_bottleneck: int = field(default=32, metadata={"help": "Inner width of the stream adapters."})
@@ -123,6 +129,8 @@ class PDTAdapterConfig(PeftConfig):
                 check_integer(owner, name, getattr(self, name), 1)
         check_choice(owner, "snc_placement", self.snc_placement, SNC_PLACEMENTS)
         check_choice(owner, "snc_init", self.snc_init, SNC_INITS)
+        if self.spectral_norm is not None:
+            check_range(owner, "spectral_norm", self.spectral_norm, 1e-3, 1e3)
         check_choice(owner, "gate_mode", self.gate_mode, GATE_MODES)
         check_range(owner, "gate_init", self.gate_init, -20, 20)
         check_choice(owner, "adapter_activation", self.adapter_activation, ACTIVATIONS)

@@ -203,7 +203,7 @@ class PDTForParallelDecoding(PreTrainedModel):
         if include_trunk:
             save_trunk(self.trunk, folder / TRUNK_SUBFOLDER)
             config.trunk_name_or_path, config.trunk_revision = TRUNK_SUBFOLDER, None
-        config.architectures = [type(self).__name__]
+        config.architectures = [PDTForParallelDecoding.__name__]
         config.auto_map = dict(AUTO_MAP)
         config.save_pretrained(folder)
         copy_code(folder)
@@ -277,6 +277,7 @@ class PDTForParallelDecoding(PreTrainedModel):
         gate_scale: float = 1.0,
         output_hidden_states: bool = False,
         planner_mask: torch.Tensor | None = None,
+        heads_only: bool = False,
         **kwargs: Any,
     ) -> PDTOutput:
         """
@@ -301,6 +302,7 @@ class PDTForParallelDecoding(PreTrainedModel):
             gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate.
             output_hidden_states (`bool`, *optional*): Return the upper layers' inputs.
             planner_mask (`torch.BoolTensor` of shape `[R, T]`, *optional*): Prompt tokens; runs the planner head.
+            heads_only (`bool`, *optional*, defaults to `False`): Leave out the upper half: neither logits nor loss.
         """
         has_window = any(part is not None for part in (notes, notes_mask, plan_slots, plan_mask))
         if has_window + (note_states is not None) + (rollout is not None) > 1:
@@ -316,6 +318,8 @@ class PDTForParallelDecoding(PreTrainedModel):
             note_states = run_rollout(self.stack, tap, rollout, stream_ids, gate_scale, output)
         if planner_mask is not None:
             output.planner_logits = self.stack.heads.planner(tap.hidden.detach(), planner_mask.bool())
+        if heads_only:
+            return output
         collect = [] if output_hidden_states else None
         hidden = self.stack.upper(tap, note_states, stream_ids, collect)
         if torch.is_grad_enabled():

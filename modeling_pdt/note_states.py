@@ -19,6 +19,8 @@ class NoteStates:
         gate_scale (`float` or `torch.Tensor` of shape `[R]`, *optional*, defaults to 1.0): Multiplies the gate.
         biases (`tuple[torch.Tensor]`, *optional*): Per site, the mask as [`SharedNotesCrossAttention.bias`] makes it,
             for a window that many forwards read. Empty: made in every forward.
+        first_reader (`int`, *optional*, defaults to 0): No row reads anything at the tokens before this one, as in a
+            prompt; with a mask `[R, T, W]` only.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -27,6 +29,7 @@ class NoteStates:
     rows_per_group: int = 1
     gate_scale: float | torch.Tensor = 1.0
     biases: tuple[torch.Tensor, ...] = ()
+    first_reader: int = 0
 
     def select_rows(self, rows: torch.Tensor) -> "NoteStates":
         """The states of `rows` only; requires one window per row."""

@@ -4,7 +4,7 @@ Letters: R rows, B documents, S streams, T tokens, V rounds, L tokens of a block
 width, P plan items, D trunk width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,6 +14,24 @@ from .heads import soft_minimum
 from .note_states import NoteStates
 from .outputs import PDTOutput
 from .trunk_split import TapState
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """
+    Short texts as the heads read them.
+
+    Args:
+        sources (`tuple`): The stack and the tensors they were made with; kept, so that their identity is the key.
+        present (`torch.BoolTensor` of shape `[M]`): Texts that have tokens.
+        states (`torch.Tensor` of shape `[present texts, L, D]`, *optional*): Their tap states.
+        states_mask (`torch.BoolTensor` of shape `[present texts, L]`): Their tokens.
+    """
+
+    sources: tuple[PDTStack, torch.Tensor, torch.Tensor]
+    present: torch.Tensor
+    states: torch.Tensor | None
+    states_mask: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,8 @@ class Rollout:
         perturbation_RVKN (`torch.Tensor`, *optional*): Added to the published notes.
         donor_R (`torch.LongTensor` of shape `[R]`, *optional*): Row whose notes are published in place of each row's.
         wants_coverage, wants_agreement (`bool`): Heads to run.
+        encoded (`dict`): Texts that a pass has sent through the lower trunk; copies made with `replace` share it, so
+            that further passes over the same rows need not.
     """
 
     num_streams: int
@@ -58,11 +78,17 @@ class Rollout:
     donor_R: torch.Tensor | None = None
     wants_coverage: bool = False
     wants_agreement: bool = False
+    encoded: dict[tuple[int, int, int], EncodedTexts] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rounds(self) -> int:
         """V: rounds that any row of the batch writes."""
         return max(1, int(self.write_round_RT.max()) + 1)
+
+    @property
+    def first_reader(self) -> int:
+        """Column of the first token, of any row, that reads notes; 0 if there is none."""
+        return int((self.read_round_RT >= 0).any(dim=0).int().argmax())
 
 
 @dataclass(frozen=True)
@@ -84,18 +110,28 @@ def encode_texts(stack: PDTStack, ids: torch.Tensor, mask: torch.Tensor) -> torc
         return stack.lower(input_ids=ids, attention_mask=mask.long()).hidden
 
 
+def read_texts(stack: PDTStack, ids: torch.Tensor, mask: torch.Tensor, rollout: Rollout) -> EncodedTexts:
+    """The texts `[..., L]` of a rollout, encoded in the first pass that reads them."""
+    key = id(stack), id(ids), id(mask)
+    if key not in rollout.encoded:
+        tokens, real = ids.flatten(0, -2), mask.bool().flatten(0, -2)
+        present = real.any(dim=1)
+        states = encode_texts(stack, tokens[present], real[present]) if bool(present.any()) else None
+        rollout.encoded[key] = EncodedTexts((stack, ids, mask), present, states, real[present])
+    return rollout.encoded[key]
+
+
 def plan_vectors(stack: PDTStack, rollout: Rollout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Snapshot 0 `[B, P, N]` and its mask: from item texts, else from planner buckets, else none."""
     heads = stack.heads
     if rollout.item_ids_BPL is not None:
-        documents, items, length = rollout.item_ids_BPL.shape
-        mask = rollout.item_mask_BPL.bool().view(-1, length)
-        present = mask.any(dim=1)
-        vectors = torch.zeros(documents * items, heads.note_norm.weight.shape[0], device=mask.device)
-        if bool(present.any()):
-            states = encode_texts(stack, rollout.item_ids_BPL.view(-1, length)[present], mask[present])
-            vectors = vectors.masked_scatter(present[:, None], heads.encode_items(states, mask[present]))
-        return vectors.view(documents, items, -1), present.view(documents, items)
+        documents, items, _ = rollout.item_ids_BPL.shape
+        texts = read_texts(stack, rollout.item_ids_BPL, rollout.item_mask_BPL, rollout)
+        vectors = torch.zeros(documents * items, heads.note_norm.weight.shape[0], device=texts.present.device)
+        if texts.states is not None:
+            encoded = heads.encode_items(texts.states, texts.states_mask)
+            vectors = vectors.masked_scatter(texts.present[:, None], encoded)
+        return vectors.view(documents, items, -1), texts.present.view(documents, items)
     if rollout.plan_slots_BP is not None:
         return heads.embed_slots(rollout.plan_slots_BP), rollout.plan_mask_BP.bool()
     return None, None
@@ -173,14 +209,13 @@ def teacher_notes(stack: PDTStack, rollout: Rollout) -> torch.Tensor | None:
     """Notes `[R, V, K, N]` encoded from the true notes' text; zeros for a block without text."""
     if rollout.note_ids_RVL is None:
         return None
-    rows, rounds, length = rollout.note_ids_RVL.shape
-    mask = rollout.note_mask_RVL.bool().view(-1, length)
-    present = mask.any(dim=1)
+    rows, rounds, _ = rollout.note_ids_RVL.shape
+    texts = read_texts(stack, rollout.note_ids_RVL, rollout.note_mask_RVL, rollout)
     num_notes, width = stack.heads.encoder.query.shape[0], stack.heads.note_norm.weight.shape[0]
-    notes = torch.zeros(rows * rounds, num_notes, width, device=mask.device)
-    if bool(present.any()):
-        states = encode_texts(stack, rollout.note_ids_RVL.view(-1, length)[present], mask[present])
-        notes = notes.masked_scatter(present[:, None, None], stack.heads.encode(states, mask[present]))
+    notes = torch.zeros(rows * rounds, num_notes, width, device=texts.present.device)
+    if texts.states is not None:
+        encoded = stack.heads.encode(texts.states, texts.states_mask)
+        notes = notes.masked_scatter(texts.present[:, None, None], encoded)
     return notes.view(rows, rounds, num_notes, width)
 
 
@@ -207,7 +242,7 @@ def run_bus(stack: PDTStack, tap: TapState, rollout: Rollout, gate_scale: float 
         plan,
         plan_mask,
     )
-    note_states = stack.project_notes(notes, mask, gate_scale)
+    note_states = replace(stack.project_notes(notes, mask, gate_scale), first_reader=rollout.first_reader)
     return BusRollout(note_states, written, teacher, published, on_bus, plan, plan_mask)
 
 

@@ -141,21 +141,26 @@ class SharedNotesCrossAttention(nn.Module):
         rows, tokens = queries_RTD.shape[:2]
         groups = keys.shape[0]
         queries = self.q_proj(queries_RTD).view(groups, rows // groups * tokens, self.num_heads, self.head_dim)
-        weights = (queries.transpose(1, 2) @ keys.transpose(2, 3) + bias).softmax(dim=-1)
+        scores = queries.transpose(1, 2) @ keys.transpose(2, 3)
+        weights = scores.add_(bias).softmax(dim=-1)
         return (weights @ values).transpose(1, 2).reshape(rows, tokens, self.num_heads, self.head_dim)
 
     def forward(self, hidden_RTD: torch.Tensor, note_states: NoteStates, site: int) -> torch.Tensor:
         """The state with what it read from the notes added, in the state's dtype."""
-        queries = self.norm(hidden_RTD)
+        start = note_states.first_reader
+        reading = hidden_RTD[:, start:] if start else hidden_RTD
+        queries = self.norm(reading)
         bias = note_states.biases[site] if note_states.biases else None
         if bias is None:
-            bias = self.bias(note_states.mask, hidden_RTD.shape[1], note_states.rows_per_group)
+            mask = note_states.mask[:, start:] if start else note_states.mask
+            bias = self.bias(mask, reading.shape[1], note_states.rows_per_group)
         context = self.attend(queries, note_states.keys[site], note_states.values[site], bias)
         scale = note_states.gate_scale
         gate = self.gate(queries) * (scale.view(-1, 1, 1) if torch.is_tensor(scale) else scale)
         update = self.o_proj((context * gate.unsqueeze(-1)).flatten(2))
-        rms = torch.linalg.vector_norm(hidden_RTD.detach(), dim=-1, keepdim=True, dtype=torch.float32)
-        return hidden_RTD + (update * (rms * hidden_RTD.shape[-1] ** -0.5)).to(hidden_RTD.dtype)
+        rms = torch.linalg.vector_norm(reading.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+        read = reading + (update * (rms * reading.shape[-1] ** -0.5)).to(reading.dtype)
+        return torch.cat([hidden_RTD[:, :start], read], dim=1) if start else read
 
 
 class StreamAdapter(nn.Module):
