@@ -5,6 +5,7 @@ for a model of the Hub into `output_folder`. Evaluation does the same on its way
 """
 
 import logging
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from transformers import AutoTokenizer
 
 from modeling_pdt import PDTForParallelDecoding
 from trainer_pdt.calibration import save_calibration
-from trainer_pdt.evaluation.suite import Evaluation, EvaluationArguments
+from trainer_pdt.evaluation.arguments import EvaluationArguments
+from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.parser import RecipeParser
 
 
@@ -24,7 +26,8 @@ def main(args: list[str] | None = None) -> dict:
     model = PDTForParallelDecoding.from_pretrained(arguments.model)
     model.check_conditioning()
     evaluation = Evaluation(model, AutoTokenizer.from_pretrained(arguments.model), arguments)
-    calibration = evaluation.calibration()
+    with closing(evaluation.writers):
+        calibration = evaluation.calibration()
     folder = arguments.model if Path(arguments.model).is_dir() else arguments.output_folder
     for path in save_calibration(model, calibration, folder):
         logging.info("wrote %s", path)

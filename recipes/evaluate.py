@@ -6,6 +6,7 @@ folder (`agreement_thresholds.json`, `coverage_thresholds.json`, `generation_con
 
 import logging
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from transformers import AutoTokenizer
 
 from modeling_pdt import PDTForParallelDecoding
 from trainer_pdt.calibration import save_calibration
+from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.report import read_training, write_report
-from trainer_pdt.evaluation.suite import Evaluation, EvaluationArguments
+from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import command_line, write_json
 
@@ -25,12 +27,15 @@ SECTIONS = (
     "coverage",
     "agreement",
     "rollback",
+    "nli",
     "teacher_forced",
     "text",
     "speed",
     "examples",
 )
 KEYS = {"text": "text_ce"}
+NAMED = ("recall", "nli")
+"""Sections that name their keys themselves."""
 
 
 def main(args: list[str] | None = None) -> dict:
@@ -48,20 +53,23 @@ def main(args: list[str] | None = None) -> dict:
             "command": command_line(),
             "seed": arguments.eval_seed,
             "documents": {"core": arguments.core_documents, "hard": arguments.hard_documents},
+            "control_factor": arguments.control_factor,
             "block_size": model.config.block_size,
             "bus_lag": model.config.bus_lag,
             "temperature": 1.0,
             "threads": arguments.threads,
+            "workers": arguments.workers,
         }
     }
     training = read_training(arguments.training_report) if arguments.training_report else None
     if training is not None:
         report["settings"]["training"] = training.get("training", {})
-    for section in SECTIONS:
-        started = time.perf_counter()
-        value = getattr(evaluation, section)()
-        report |= value if section == "recall" else {KEYS.get(section, section): value}
-        logging.info("%s: %.0f s", section, time.perf_counter() - started)
+    with closing(evaluation.writers):
+        for section in SECTIONS:
+            started = time.perf_counter()
+            value = getattr(evaluation, section)()
+            report |= value if section in NAMED else {KEYS.get(section, section): value}
+            logging.info("%s: %.0f s", section, time.perf_counter() - started)
     report["bars"] = check_bars(report)
     write_json(folder / "evaluation.json", report)
     if Path(arguments.model).is_dir():

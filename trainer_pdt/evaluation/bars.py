@@ -34,6 +34,7 @@ HEALTH: tuple[tuple[str, str, float, str], ...] = (
     ("coverage_f1", ">=", 0.6, "the coverage head has not learnt"),
     ("agreement_precision", ">=", 0.7, "sound blocks are flagged"),
     ("agreement_recall", ">=", 0.5, "contradictions pass"),
+    ("agreement_f1", ">=", 0.58, "the agreement head has not learnt"),
     ("redundancy", "<=", 0.1, "siblings write the same notes at the same time"),
     ("other_kl_trunk", "<=", 0.05, "text that no sibling decides has drifted from the trunk"),
 )

@@ -175,9 +175,9 @@ def judgeable(scores: Sequence[BlockScore], value: Callable[[BlockScore], float]
 
 
 def agreement_decisions(scores: Sequence[BlockScore]) -> list[list[tuple[float, bool]]]:
-    """Per document `(agreement, may stand)` of the judgeable blocks; documents without one are left out."""
+    """Per document `(agreement, may stand)` of every block: decoding judges all, most have nothing to deny."""
     documents: dict[int, list[tuple[float, bool]]] = {}
     for score in scores:
-        if score.judgeable:
-            documents.setdefault(score.document, []).append((1 - score.disagreement, not score.contradicts))
+        contradicts = score.judgeable and score.contradicts
+        documents.setdefault(score.document, []).append((1 - score.disagreement, not contradicts))
     return list(documents.values())

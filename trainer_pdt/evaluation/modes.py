@@ -6,7 +6,7 @@ Every mode ends in the text of each stream with the character offset at which ea
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ class Written:
     texts: list[list[StreamText]] = field(default_factory=list)
     results: list[list[Any]] = field(default_factory=list)
     events: list[list[dict]] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Written"]) -> "Written":
+        """All documents of `parts`, in their order."""
+        return cls(*([entry for part in parts for entry in getattr(part, field.name)] for field in fields(cls)))
 
 
 def plan_entries(document: Document) -> list[dict]:
@@ -142,17 +147,21 @@ def twin_prompts(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBa
 def write_swapped(
     model: PDTForParallelDecoding,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
+    pairs: Sequence[tuple[Document, str]],
     batch_size: int = 32,
     **options: Any,
 ) -> tuple[Written, Written]:
-    """Documents and their twins side by side, each reading the other's notes; returns both, in document order."""
-    twins = twin_prompts(documents, tokenizer)
-    pairs: list[tuple[Document, str]] = []
-    for document, twin in zip(documents, twins, strict=True):
-        pairs += [(document, render_prompt(document, tokenizer)), (document, twin)]
+    """
+    Documents and their twins side by side, each reading the other's notes; returns both, in document order.
+
+    Args:
+        pairs (`Sequence[tuple[Document, str]]`): Documents and their prompts of [`twin_prompts`].
+    """
+    rows: list[tuple[Document, str]] = []
+    for document, twin in pairs:
+        rows += [(document, render_prompt(document, tokenizer)), (document, twin)]
     own, other = Written(), Written()
-    for batch in batches(pairs, batch_size - batch_size % 2):
+    for batch in batches(rows, batch_size - batch_size % 2):
         donors = [index ^ 1 for index in range(len(batch))]
         part = write_parallel(
             model,

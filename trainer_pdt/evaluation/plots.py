@@ -13,9 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .tables import MODES, measure, part
+from .tables import MODES
+from .values import measure, part
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+PALETTE, DASHES = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY), ("-", "--", ":")
 INK, GREY, PALE = "#222222", "#767676", "#DDDDDD"
 MODE_COLORS = {
     **dict.fromkeys(("pdt", "pdt_core", "pdt_hard"), BLUE),
@@ -112,8 +114,8 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tup
     """
     Curves by panel: panel name -> kind of `KINDS` -> points (step, value).
 
-    A panel is a loss, a loss part (`loss_*`) or a held-out measure (`eval_*`, beside it its control, or the same with
-    true notes on the bus); timings, counts and rates are left out.
+    A panel is a loss, a loss part (`loss_*`), `grad_norm` or a held-out measure (`eval_*`, beside it its control, or
+    the same with true notes on the bus); timings, counts and rates are left out.
 
     Args:
         history (`list[dict]`): Log entries with `step`.
@@ -124,7 +126,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tup
         for key, value in entry.items():
             name, read = key.removeprefix("eval_"), measure(value)
             kind = "held out" if name != key else "train"
-            wanted = kind != "train" or name == "loss" or name.startswith("loss_")
+            wanted = kind != "train" or name in ("loss", "grad_norm") or name.startswith("loss_")
             skipped = (
                 key == "eval_loss" or name.startswith(("n_", "runtime", "model_")) or name.endswith("_per_second")
             )
@@ -168,6 +170,38 @@ def plot_learning(training: Mapping[str, Any] | None, path: Path) -> Path | None
             axis.tick_params(labelbottom=True)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
+    return _save(figure, path)
+
+
+def plot_gradients(lines: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """
+    Gradient norms over steps on a logarithmic scale: of each weighted loss, and of their sum by parameter group.
+
+    Args:
+        lines (`list[dict]`): Lines of `gradient_norms_from_*.jsonl`.
+        path (`Path`): PNG to write.
+    """
+    by_loss: dict[str, list[tuple[float, float]]] = {}
+    by_group: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        groups = {name: value for name, value in line["total"].items() if name != "all"}
+        for found, values in ((by_loss, {k: v["all"] for k, v in line["losses"].items()}), (by_group, groups)):
+            for name, value in values.items():
+                if (read := measure(value)) is not None and read.mean > 0:
+                    found.setdefault(name, []).append((float(line["step"]), read.mean))
+    if not by_loss:
+        return None
+    figure, axes = _figure(10.8, 3.2, 2, sharex=True, sharey=True)
+    for axis, curves_of, title in zip(
+        axes, (by_loss, by_group), ("by weighted loss", "by parameter group"), strict=True
+    ):
+        for index, (name, points) in enumerate(sorted(curves_of.items())):
+            color, dash = PALETTE[index % len(PALETTE)], DASHES[index // len(PALETTE) % len(DASHES)]
+            axis.plot(*zip(*points, strict=True), dash, color=color, marker="o", markersize=3, label=name)
+        axis.set_yscale("log")
+        axis.set_title(f"gradient norm {title}", loc="left", fontsize=9.5, color=INK)
+        axis.set_xlabel("finished optimizer steps", fontsize=9)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 

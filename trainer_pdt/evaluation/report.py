@@ -21,9 +21,8 @@ from .tables import (
     cue_table,
     heads_table,
     health_table,
-    measure,
     mixes_table,
-    part,
+    nli_table,
     recall_table,
     rollback_table,
     settings_table,
@@ -32,6 +31,7 @@ from .tables import (
     timing_table,
     to_markdown,
 )
+from .values import measure, part
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def sections_of(evaluation: Mapping[str, Any], figures: Mapping[str, Path | None
         ("Bars", (bars_table,), ()),
         ("Sibling-fact recall", (recall_table, timing_table), ("recall",)),
         ("Coverage and agreement", (heads_table, calibration_table), ("agreement", "coverage")),
-        ("Rollback", (rollback_table,), ()),
+        ("Rollback", (rollback_table, nli_table), ()),
         ("Notes, sections given", (health_table, mixes_table), ()),
         ("Text and plan", (text_table,), ()),
         ("Speed", (speed_table,), ()),

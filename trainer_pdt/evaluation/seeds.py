@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..telemetry import read_json
-from .tables import Table, part, to_markdown
+from .tables import Table, to_markdown
+from .values import part
 
 logger = logging.getLogger(__name__)
 

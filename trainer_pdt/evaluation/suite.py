@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,12 +20,18 @@ from ..data.worlds import WorldOptions, generate_document
 from ..evaluation_pass import BUS_MIXES, TeacherForcedMetrics
 from ..features import FeatureMaker, collect_values
 from ..losses import supervised_positions
+from ..nli import load_nli_scorer
 from . import blocks as block_scores
+from .arguments import EvaluationArguments
+from .bars import CHANCE_MODES
 from .benchmark import overhead_vs_shared_prefill, parallel_vs_single
+from .consistency import NLI_MARGIN, judged_answers, nli_measures
+from .examples import describe_answer
 from .modes import (
     PARALLEL_MODES,
     Written,
     batches,
+    twin_prompts,
     write_full_text,
     write_parallel,
     write_sequential,
@@ -45,6 +51,7 @@ from .scoring import (
     select_kind,
     swapped_rates,
 )
+from .writers import Writers
 
 logger = logging.getLogger(__name__)
 
@@ -55,41 +62,6 @@ CHANCE_DOCUMENTS = 2000
 """Training documents of each kind on which chance is measured."""
 
 ROC_POINTS = 200
-
-
-@dataclass
-class EvaluationArguments:
-    """
-    What to evaluate, and on how much.
-
-    Args:
-        model (`str`): Folder or Hub repository of the adapters.
-        output_folder (`str`): Receives `evaluation.json`.
-        core_documents, hard_documents (`int`): Held-out documents per kind.
-        calibration_documents (`int`): Validation documents on which the agreement threshold is set.
-        speed_documents (`int`): Documents of the wall-clock comparisons.
-        decode_batch (`int`): Documents per decoding call.
-        eval_seed (`int`): Seed of sampling.
-        threads (`int`): CPU threads.
-        training_report (`str`, *optional*): `training_report.json` of the run, quoted in the settings.
-    """
-
-    model: str = field(default="build/demo/model", metadata={"help": "Folder or repository of the adapters."})
-    output_folder: str = field(default="build/demo", metadata={"help": "Receives evaluation.json."})
-    core_documents: int = field(default=128, metadata={"help": "Held-out core documents."})
-    hard_documents: int = field(default=48, metadata={"help": "Held-out hard documents."})
-    calibration_documents: int = field(default=96, metadata={"help": "Validation documents for calibration."})
-    speed_documents: int = field(default=25, metadata={"help": "Documents of the wall-clock comparisons."})
-    decode_batch: int = field(default=32, metadata={"help": "Documents per decoding call."})
-    eval_seed: int = field(default=0, metadata={"help": "Seed of sampling."})
-    threads: int = field(default=2, metadata={"help": "CPU threads."})
-    training_report: str | None = field(default=None, metadata={"help": "training_report.json of the run."})
-
-    def __post_init__(self) -> None:
-        least = dict.fromkeys(("core_documents", "calibration_documents", "speed_documents", "decode_batch"), 2)
-        for name, bound in {**least, "hard_documents": 0, "threads": 1}.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
 
 
 def held_out_documents(split: str, core: int, hard: int, with_notes: bool = False, **options: Any) -> list[Document]:
@@ -118,8 +90,12 @@ class Evaluation:
         self, model: PDTForParallelDecoding, tokenizer: PreTrainedTokenizerBase, arguments: EvaluationArguments
     ) -> None:
         self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        self.nli_scorer = None if arguments.nli_scorer is None else load_nli_scorer(arguments.nli_scorer)
         self.lag, self.capacity = model.config.bus_lag, model.config.bus_capacity
-        self.documents = held_out_documents("test", arguments.core_documents, arguments.hard_documents)
+        core, hard, factor = arguments.core_documents, arguments.hard_documents, arguments.control_factor
+        self.documents = held_out_documents("test", core, hard)
+        self.control_documents = held_out_documents("test", factor * core, factor * hard)
+        self.writers = Writers(model, tokenizer, arguments.model, arguments.workers, arguments.threads)
         self.features = FeatureMaker(
             tokenizer,
             model.config.num_plan_slots,
@@ -134,9 +110,10 @@ class Evaluation:
     def write(self, mode: str, **options: Any) -> Written:
         """Documents of a parallel mode with the commit gate off, written once."""
         if mode not in self.written:
-            logger.info("writing %d documents: %s", len(self.documents), mode)
+            documents = self.control_documents if mode in CHANCE_MODES else self.documents
+            logger.info("writing %d documents: %s", len(documents), mode)
             options = {"agreement_threshold": None, **options}
-            self._keep(mode, write_parallel(self.model, self.tokenizer, self.documents, **self._common(), **options))
+            self._keep(mode, self.writers(write_parallel, documents, **self._common(), **options), documents)
         return self.written[mode]
 
     def calibration(self) -> dict[str, Any]:
@@ -150,7 +127,7 @@ class Evaluation:
         if self._calibration is None:
             logger.info("calibrating on %d validation documents", self.arguments.calibration_documents)
             documents = held_out_documents("validation", self.arguments.calibration_documents, 0)
-            written = write_parallel(self.model, self.tokenizer, documents, agreement_threshold=None, **self._common())
+            written = self.writers(write_parallel, documents, agreement_threshold=None, **self._common())
             own = self.score(block_scores.documents_from_texts(documents, written.texts))
             covered = Judgements.of(coverage_decisions(documents, written.texts, written.events), finds=True)
             stands = Judgements.of(block_scores.agreement_decisions(own), finds=False)
@@ -175,9 +152,9 @@ class Evaluation:
     def _common(self) -> dict[str, int]:
         return {"batch_size": self.arguments.decode_batch, "seed": self.arguments.eval_seed}
 
-    def _keep(self, mode: str, written: Written) -> None:
+    def _keep(self, mode: str, written: Written, documents: Sequence[Document]) -> None:
         self.written[mode] = written
-        self.counts[mode] = count_written(self.documents, written.texts, self.lag, self.capacity)
+        self.counts[mode] = count_written(documents, written.texts, self.lag, self.capacity)
 
     def recall(self) -> dict[str, Any]:
         """Sections `sibling_fact_recall`, `reference_classes`, `references_emitted`, `chance` and `plan`."""
@@ -185,11 +162,10 @@ class Evaluation:
             self.write(mode, interventions=make())
         self.write("independent", trunk_only=True)
         logger.info("writing sequentially, and with full text shared")
-        self._keep("sequential", write_sequential(self.model, self.tokenizer, self.documents, **self._common()))
+        self._keep("sequential", self.writers(write_sequential, self.documents, **self._common()), self.documents)
         block_size = self.model.config.block_size
-        self._keep(
-            "full_text", write_full_text(self.model, self.tokenizer, self.documents, block_size, **self._common())
-        )
+        shared = self.writers(write_full_text, self.documents, block_size=block_size, **self._common())
+        self._keep("full_text", shared, self.documents)
         recall = {mode: rate_dict(reference_rate(counts)) for mode, counts in self.counts.items()}
         for mode in ("pdt", "sequential", "full_text"):
             for kind in ("core", "hard"):
@@ -199,7 +175,7 @@ class Evaluation:
         recall |= self._swapped()
         chance = matching_chance(held_out_documents("train", CHANCE_DOCUMENTS, CHANCE_DOCUMENTS))
         feasible = [r.cue for count in self.counts["pdt"] for r in count.select("feasible")]
-        sequential = max(1, self._references("sequential"))
+        sequential = max(1e-9, self._references("sequential"))
         return {
             "sibling_fact_recall": recall,
             "reference_classes": {mode: reference_classes(counts) for mode, counts in self.counts.items()},
@@ -211,15 +187,16 @@ class Evaluation:
             "plan": plan_adherence(self.counts["pdt"]),
         }
 
-    def _references(self, mode: str) -> int:
-        return sum(len(count.select()) for count in self.counts[mode])
+    def _references(self, mode: str) -> float:
+        """Repeated facts per document."""
+        return sum(len(count.select()) for count in self.counts[mode]) / len(self.counts[mode])
 
     def _swapped(self) -> dict[str, Any]:
         logger.info("writing with swapped notes")
-        own, other = write_swapped(
-            self.model, self.tokenizer, self.documents, agreement_threshold=None, **self._common()
-        )
-        return swapped_rates(self.documents, own.texts, other.texts, self.lag, self.capacity)
+        documents = self.control_documents
+        pairs = list(zip(documents, twin_prompts(documents, self.tokenizer), strict=True))
+        own, other = self.writers(write_swapped, pairs, agreement_threshold=None, **self._common())
+        return swapped_rates(documents, own.texts, other.texts, self.lag, self.capacity)
 
     def coverage(self) -> dict[str, Any]:
         """Section `coverage`: own items at the end of every block, on the model's own text."""
@@ -229,7 +206,7 @@ class Evaluation:
         decisions = coverage_decisions(self.documents, written.texts, written.events)
         documents = held_out_documents("test", self.arguments.core_documents, 0, heldout_wordings=True)
         logger.info("writing %d documents with plan wordings never trained on", len(documents))
-        unseen = write_parallel(self.model, self.tokenizer, documents, agreement_threshold=None, **self._common())
+        unseen = self.writers(write_parallel, documents, agreement_threshold=None, **self._common())
         return {
             **precision_recall(decisions, threshold),
             "heldout_wordings": precision_recall(
@@ -287,6 +264,16 @@ class Evaluation:
         self.write("pdt_gate_random", agreement_threshold=0.5, interventions=[chance])
         names = {"none": "pdt", "head": "pdt_gate", "head_stale": "pdt_gate_stale", "random": "pdt_gate_random"}
         return {name: rollback_counts(self.counts[mode], self.written[mode].events) for name, mode in names.items()}
+
+    def nli(self) -> dict[str, Any]:
+        """Section `nli_violation`, or nothing without a scorer: [`nli_measures`] of [`judged_answers`]."""
+        if self.nli_scorer is None:
+            return {}
+        texts = {mode: written.texts for mode, written in self.written.items()}
+        answers = judged_answers(texts, self.documents, self.features)
+        logger.info("judging contradictions between sections: %s", ", ".join(answers))
+        measures = {name: nli_measures(self.nli_scorer, sections) for name, sections in answers.items()}
+        return {"nli_violation": {"scorer": self.arguments.nli_scorer, "margin": NLI_MARGIN, **measures}}
 
     def teacher_forced(self) -> dict[str, float]:
         """Section `teacher_forced`: the measures of `docs/metrics.md` with 0, 35 and 100 % true notes on the bus."""
@@ -352,41 +339,7 @@ class Evaluation:
         """Section `examples`: whole answers written with the gate on, token by token, with their events."""
         mode = "pdt_gate" if "pdt_gate" in self.written else "pdt"
         written = self.write(mode)
-        examples = []
-        for index in range(min(count, len(self.documents))):
-            streams = [
-                {
-                    "header": stream.header,
-                    "text": text.text,
-                    "blocks": [list(block) for block in result.blocks],
-                    "tokens": [self.tokenizer.decode([token]) for token in result.token_ids],
-                }
-                for stream, text, result in zip(
-                    self.documents[index].streams, written.texts[index], written.results[index], strict=True
-                )
-            ]
-            references = [
-                {
-                    "stream": r.stream,
-                    "start": r.start,
-                    "cue": r.cue,
-                    "value": r.value,
-                    "timing": r.timing,
-                    "consistent": r.consistent,
-                }
-                for r in self.counts[mode][index].references
-            ]
-            examples.append(
-                {
-                    "prompt": self.documents[index].prompt,
-                    "outline": [[item.text, item.stream] for item in self.documents[index].items],
-                    "streams": streams,
-                    "events": [
-                        {**event, "tokens": [self.tokenizer.decode([t]) for t in event.get("tokens", [])]}
-                        for event in written.events[index]
-                        if event["kind"] in ("commit", "rollback")
-                    ],
-                    "references": references,
-                }
-            )
-        return examples
+        answers = zip(
+            *(self.documents, written.texts, written.results, written.events, self.counts[mode]), strict=True
+        )
+        return [describe_answer(*answer, self.tokenizer) for answer in islice(answers, count)]

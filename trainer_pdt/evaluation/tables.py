@@ -1,11 +1,11 @@
 """Tables of an evaluation, made once for the page, the Markdown file and the README. A missing number has no row."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .bars import check_health
+from .values import counted, flat, measure, part, scalar, show
 
 MODES: dict[str, str] = {
     "pdt": "PDT, notes on",
@@ -45,6 +45,14 @@ FLAGS: dict[str, str] = {
 }
 """What decides on a rollback."""
 
+JUDGED: dict[str, str] = {
+    **MODES,
+    "pdt_gate": "PDT, notes on, rollback",
+    "given": "held-out documents themselves (control)",
+    "planted": "the same with planted contradictions (control)",
+}
+"""Whose sections an NLI scorer judges."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -68,65 +76,6 @@ class Table:
     folded: bool = False
 
 
-@dataclass(frozen=True)
-class Measure:
-    """
-    A number with, where it is a share, its 95 % interval and count.
-
-    Args:
-        mean (`float`): The number.
-        low, high (`float`, *optional*): Interval.
-        n (`int`, *optional*): What was counted.
-    """
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-
-
-def measure(value: Any) -> Measure | None:
-    """
-    Read a number or `{mean, low, high, n}`.
-
-    Args:
-        value (`float`, `dict` or `None`): As it stands in `evaluation.json`.
-
-    Returns:
-        [`Measure`], or `None` when there is no finite number.
-    """
-    if isinstance(value, Mapping):
-        mean, low, high = (_finite(value.get(key)) for key in ("mean", "low", "high"))
-        n = value.get("n")
-        count = n if isinstance(n, int) and not isinstance(n, bool) else None
-        return None if mean is None else Measure(mean, low, high, count)
-    mean = _finite(value)
-    return None if mean is None else Measure(mean)
-
-
-def _finite(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
-def show(value: Any) -> str:
-    """Return a number or measure in words a reader can check: `0.612 (0.560 to 0.661)`; empty when it is missing."""
-    read = measure(value)
-    if read is None:
-        return ""
-    interval = f" ({read.low:.3f} to {read.high:.3f})" if read.low is not None and read.high is not None else ""
-    return f"{read.mean:.3f}{interval}"
-
-
-def _scalar(value: Any) -> str:
-    """A setting or a detail as text; whole numbers stay whole."""
-    if isinstance(value, float):
-        return f"{value:.3f}".rstrip("0").rstrip(".") if math.isfinite(value) else ""
-    if isinstance(value, Mapping):
-        return show(value)
-    return "" if value is None else str(value)
-
-
 def _rows(entries: Sequence[tuple[str, Any]]) -> list[list[str]]:
     """Rows name, value, interval, n of the measures that exist."""
     rows = []
@@ -138,23 +87,15 @@ def _rows(entries: Sequence[tuple[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def part(evaluation: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """Return the mapping under `keys`, empty when one of them is missing."""
-    current: Any = evaluation
-    for key in keys:
-        current = current.get(key) if isinstance(current, Mapping) else None
-    return current if isinstance(current, Mapping) else {}
-
-
 def bars_table(evaluation: Mapping[str, Any]) -> Table:
     """What the system promises, what this run measured, and whether that is enough."""
     rows, met = [], []
     for bar in evaluation.get("bars") or []:
         read = measure(bar.get("value"))
-        value = show(bar.get("value")) if read else _scalar(bar.get("value"))
+        value = show(bar.get("value")) if read else scalar(bar.get("value"))
         if value:
             count = f", n = {read.n}" if read and read.n is not None else ""
-            rows.append([str(bar["name"]), value + count, _scalar(bar.get("bar")), "met" if bar["met"] else "missed"])
+            rows.append([str(bar["name"]), value + count, scalar(bar.get("bar")), "met" if bar["met"] else "missed"])
             met.append(bool(bar["met"]))
     note = "One run. A bar with an upper limit is compared with the upper end of the interval."
     return Table("Bars", ("bar", "measured", "wanted", "result"), rows, note, met)
@@ -180,21 +121,14 @@ def recall_table(evaluation: Mapping[str, Any]) -> Table:
 def timing_table(evaluation: Mapping[str, Any]) -> Table:
     """Recall by the time at which the owner stated the fact; one column per class that occurs."""
     classes = part(evaluation, "reference_classes")
-    used = [name for name in TIMINGS if any(_counted(part(classes, mode).get(name)) for mode in MODES)]
+    used = [name for name in TIMINGS if any(counted(part(classes, mode).get(name)) for mode in MODES)]
     rows = []
     for mode, label in MODES.items():
-        cells = [_counted(part(classes, mode).get(name)) for name in used]
+        cells = [counted(part(classes, mode).get(name)) for name in used]
         if any(cells):
             rows.append([label, *cells])
     note = "Share of consistent references and, in brackets, their number. Small numbers say little."
     return Table("When the owner stated the fact", ("decoding", *(TIMINGS[name] for name in used)), rows, note)
-
-
-def _counted(value: Any) -> str:
-    read = measure(value)
-    if read is None:
-        return ""
-    return f"{read.mean:.3f}" + ("" if read.n is None else f" ({read.n})")
 
 
 def heads_table(evaluation: Mapping[str, Any]) -> Table:
@@ -286,8 +220,8 @@ def rollback_table(evaluation: Mapping[str, Any]) -> Table:
     for key, label in FLAGS.items():
         entry = part(rollback, key)
         cells = [
-            *(_scalar(entry.get(name)) for name in ("consistent", "contradictory")),
-            *(show(entry.get("rate")), _counted(entry.get("same_round")), _scalar(entry.get("blocks_rolled"))),
+            *(scalar(entry.get(name)) for name in ("consistent", "contradictory")),
+            *(show(entry.get("rate")), counted(entry.get("same_round")), scalar(entry.get("blocks_rolled"))),
         ]
         if any(cells):
             rows.append([label, *cells])
@@ -297,6 +231,19 @@ def rollback_table(evaluation: Mapping[str, Any]) -> Table:
         "with stale notes; what the head adds, the difference to random blocks."
     )
     return Table("Rollback", columns, rows, note)
+
+
+def nli_table(evaluation: Mapping[str, Any]) -> Table:
+    """Contradictions between the sections of an answer, as an NLI scorer sees them."""
+    found, rows = part(evaluation, "nli_violation"), []
+    for name, label in JUDGED.items():
+        pairs = measure(part(found, name).get("contradicting"))
+        if pairs is not None:
+            cells = [show(part(found, name).get(key)) for key in ("contradicting", "violation")]
+            rows.append([label, *cells, "" if pairs.n is None else str(pairs.n)])
+    columns = ("sections", "share of pairs that contradict", "mean violation", "pairs")
+    note = f"Scorer: {scalar(found.get('scorer'))}. Every two sections of an answer, in both orders." if rows else ""
+    return Table("Contradictions between sections", columns, rows, note)
 
 
 def text_table(evaluation: Mapping[str, Any]) -> Table:
@@ -338,18 +285,6 @@ def speed_table(evaluation: Mapping[str, Any]) -> Table:
     return Table("Speed", ("measure", "value", "quartiles", "pairs"), rows, note)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Names and text of all scalars and measures in nested mappings; lists and missing values are left out."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key.removesuffix('_s')}".replace("_", " ") + (" (s)" if key.endswith("_s") else "")
-        if isinstance(value, Mapping) and measure(value) is None:
-            pairs += flat(value, f"{name}: ")
-        elif not isinstance(value, list | tuple) and _scalar(value):
-            pairs.append((name, _scalar(value)))
-    return pairs
-
-
 def settings_table(evaluation: Mapping[str, Any]) -> Table:
     """How the numbers were made."""
     rows = [[name, value] for name, value in flat(part(evaluation, "settings"))]
@@ -365,7 +300,7 @@ def cue_table(evaluation: Mapping[str, Any]) -> Table:
 def all_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """Every table of an evaluation that has rows, in order."""
     makers = (
-        *(bars_table, recall_table, timing_table, heads_table, calibration_table, rollback_table),
+        *(bars_table, recall_table, timing_table, heads_table, calibration_table, rollback_table, nli_table),
         *(health_table, mixes_table, text_table, speed_table, settings_table, cue_table),
     )
     return [table for table in (maker(evaluation) for maker in makers) if table.rows]

@@ -1,6 +1,7 @@
 """Losses that make notes true, readable, used and different, and the metric about notes that gives no gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,7 +10,13 @@ from torch.nn.functional import cosine_similarity
 from .language import TopKTeacher, lm_ce, token_kl
 from .reductions import masked_mean, weighted_mean
 
-NLIScorer = Callable[[Sequence[str], Sequence[str]], Tensor]
+
+class NLIScorer(Protocol):
+    """Judges pairs of texts; `trainer_pdt.nli` has two, and any callable of this form will do."""
+
+    def __call__(self, premises: Sequence[str], hypotheses: Sequence[str]) -> Tensor:
+        """Probabilities `[pairs, 2]` of contradiction and of neutral."""
+        ...
 
 
 def spec_cosine(written_RKnN: Tensor, encoded_RKnN: Tensor, mask_RK: Tensor) -> Tensor:
@@ -110,20 +117,22 @@ def nli_violation(
     scorer: NLIScorer, premises: Sequence[str], hypotheses: Sequence[str], margin: float = 0.1
 ) -> Tensor:
     """
-    Metric `nli`: mean `relu(contradiction - neutral - margin)` over pairs of texts. Text has no gradient, so this
-    never trains the model; it judges notes and filters data.
+    Metric `nli`: `relu(contradiction - neutral - margin)` of every pair of texts, `[pairs]`. Text has no gradient, so
+    this never trains the model; it judges what was written.
 
     Args:
         scorer (`NLIScorer`): Maps premises and hypotheses to probabilities `[pairs, 2]`: contradiction and neutral.
-        premises (`Sequence[str]`): For example the notes as text.
-        hypotheses (`Sequence[str]`): For example plan items; as many as premises.
-        margin (`float`, *optional*, defaults to 0.1): Contradiction allowed above neutral.
+        premises (`Sequence[str]`): For example sections of an answer.
+        hypotheses (`Sequence[str]`): For example its other sections; as many as premises.
+        margin (`float`, *optional*, defaults to 0.1): Contradiction allowed above neutral, in 0..1.
     """
     if len(premises) != len(hypotheses):
         raise ValueError(f"hypotheses has {len(hypotheses)} texts, expected one per premise = {len(premises)}.")
+    if not 0 <= margin <= 1:
+        raise ValueError(f"margin={margin} is out of range, allowed: 0 to 1.")
     if not premises:
-        return torch.zeros(())
+        return torch.zeros(0)
     scores = scorer(premises, hypotheses)
     if scores.shape != (len(premises), 2):
         raise ValueError(f"scorer returned shape {list(scores.shape)}, expected [{len(premises)}, 2].")
-    return torch.relu(scores[:, 0].float() - scores[:, 1].float() - margin).mean()
+    return torch.relu(scores[:, 0].float() - scores[:, 1].float() - margin)

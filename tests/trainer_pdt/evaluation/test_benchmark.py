@@ -13,11 +13,12 @@ from trainer_pdt.data.schema import Document
 from trainer_pdt.data.worlds import generate_documents
 from trainer_pdt.data.worlds_lexicon import CUES
 from trainer_pdt.evaluation import suite
+from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.benchmark import overhead_vs_shared_prefill, parallel_vs_single, ratio_summary, timed
 from trainer_pdt.evaluation.blocks import BlockScore
 from trainer_pdt.evaluation.modes import PARALLEL_MODES
-from trainer_pdt.evaluation.suite import Evaluation, EvaluationArguments, held_out_documents, thinned
+from trainer_pdt.evaluation.suite import Evaluation, held_out_documents, thinned
 from trainer_pdt.trunk import TrunkArguments, trunk_config
 
 TRUNK = Path(__file__).parents[3] / "recipes/tiny/trunk"
@@ -116,7 +117,9 @@ def test_overhead_vs_shared_prefill_writes_rows_of_one_length(model, tokenizer, 
         ("speed_documents", 1, 2),
         ("decode_batch", 1, 2),
         ("hard_documents", -1, 0),
+        ("control_factor", 0, 1),
         ("threads", 0, 1),
+        ("workers", 0, 1),
     ],
 )
 def test_arguments_out_of_range(name, value, least):
@@ -219,6 +222,7 @@ def test_a_head_without_judgements_keeps_its_threshold(evaluation, monkeypatch, 
         return SimpleNamespace(texts=texts, events=[[] for _ in texts], results=[])
 
     monkeypatch.setattr(suite, "write_parallel", write)
+    monkeypatch.setattr(suite.block_scores, "agreement_decisions", lambda scores: [])
     config = evaluation.model.generation_config
     config.agreement_threshold = None
     assert evaluation.calibration() == {}

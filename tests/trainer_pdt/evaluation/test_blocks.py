@@ -229,8 +229,8 @@ def test_judgeable_gives_values_and_labels():
     assert judgeable(scores, lambda score: score.disagreement) == ([0.75, 0.25], [True, False])
 
 
-def test_decisions_of_agreement_are_those_of_judgeable_blocks_by_document():
+def test_decisions_of_agreement_by_document_hold_every_block():
     scores = [BlockScore(document, 0, 0, wrong, judge, 0.25, 0.5, 0.0) for document, wrong, judge in (
         (0, False, True), (0, True, True), (1, True, False), (2, True, True),
     )]  # fmt: skip
-    assert agreement_decisions(scores) == [[(0.75, True), (0.75, False)], [(0.75, False)]]
+    assert agreement_decisions(scores) == [[(0.75, True), (0.75, False)], [(0.75, True)], [(0.75, False)]]

@@ -190,7 +190,8 @@ def test_swapped_pairs_read_each_others_notes(model, tokenizer, documents, monke
         return result
 
     monkeypatch.setattr(NotesBus, "window", spy)
-    own, other = write_swapped(model, tokenizer, documents, batch_size=3, max_new_tokens=3 * BLOCK)
+    pairs = list(zip(documents, twin_prompts(documents, tokenizer), strict=True))
+    own, other = write_swapped(model, tokenizer, pairs, batch_size=3, max_new_tokens=3 * BLOCK)
     assert [len(own.texts), len(other.texts), len(own.results), len(other.events)] == [4] * 4
     checked = 0
     for streams, plan, rows, sources, read_round, lag, (notes, mask), stored in reads:
@@ -207,10 +208,11 @@ def test_swapped_pairs_read_each_others_notes(model, tokenizer, documents, monke
 
 
 def test_swapped_documents_are_the_documents_and_their_twins(model, tokenizer, documents, calls):
-    write_swapped(model, tokenizer, documents, batch_size=3, max_new_tokens=BLOCK)
+    twins = twin_prompts(documents, tokenizer)
+    write_swapped(model, tokenizer, list(zip(documents, twins, strict=True)), batch_size=3, max_new_tokens=BLOCK)
     prompts = [context for ids, options in calls for context in contexts(tokenizer, ids, options)]
     assert prompts[::2] == [render_prompt(document, tokenizer) for document in documents]
-    assert prompts[1::2] == twin_prompts(documents, tokenizer)
+    assert prompts[1::2] == twins
     assert [len(ids) for ids, _ in calls] == [2] * 4
 
 

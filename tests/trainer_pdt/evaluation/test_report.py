@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from trainer_pdt.evaluation import plots, tables
+from trainer_pdt.evaluation import plots, tables, values
 from trainer_pdt.evaluation.page import pieces_of
 from trainer_pdt.evaluation.report import (
     RESULTS_END,
@@ -239,11 +239,11 @@ def test_empty_evaluation_makes_a_page_without_tables(tmp_path):
 
 
 def test_measure_reads_numbers_and_rates():
-    assert tables.measure(0.5) == tables.Measure(0.5)
-    assert tables.measure(rate(0.5, 0.1, 7)) == tables.Measure(0.5, 0.4, 0.6, 7)
+    assert values.measure(0.5) == values.Measure(0.5)
+    assert values.measure(rate(0.5, 0.1, 7)) == values.Measure(0.5, 0.4, 0.6, 7)
     for nothing in (None, "0.5", True, math.inf, {"mean": None, "n": 0}, {}):
-        assert tables.measure(nothing) is None
-    assert tables.show(rate(0.5, 0.125)) == "0.500 (0.375 to 0.625)"
+        assert values.measure(nothing) is None
+    assert values.show(rate(0.5, 0.125)) == "0.500 (0.375 to 0.625)"
 
 
 def test_pieces_mark_references_across_blocks_and_put_withdrawn_text_first():

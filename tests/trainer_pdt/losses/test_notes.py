@@ -120,10 +120,13 @@ def test_nli_by_hand():
         assert premises == ["a", "b"] and hypotheses == ["c", "d"]
         return torch.tensor([[0.9, 0.1], [0.2, 0.7]])
 
-    assert nli_violation(scorer, ["a", "b"], ["c", "d"]).item() == pytest.approx(0.35)
-    assert nli_violation(scorer, [], []).item() == 0.0
+    assert nli_violation(scorer, ["a", "b"], ["c", "d"]).tolist() == pytest.approx([0.7, 0.0])
+    assert nli_violation(scorer, ["a", "b"], ["c", "d"], margin=0.0).tolist() == pytest.approx([0.8, 0.0])
+    assert nli_violation(scorer, [], []).shape == (0,)
     with pytest.raises(ValueError, match="hypotheses has 1 texts"):
         nli_violation(scorer, ["a", "b"], ["c"])
+    with pytest.raises(ValueError, match=r"margin=2 is out of range, allowed: 0 to 1"):
+        nli_violation(scorer, ["a", "b"], ["c", "d"], margin=2)
     with pytest.raises(ValueError, match=r"scorer returned shape \[2\]"):
         nli_violation(lambda *_: torch.zeros(2), ["a", "b"], ["c", "d"])
 
