@@ -35,7 +35,7 @@ $(DS_STAMP): $(STAMP)
 
 demo: $(STAMP)
 	@echo "demo: trains PDT adapters on the shipped tiny trunk, decodes three prompts, evaluates."
-	@echo "expected time: about 16 minutes on 2 cores; results in build/demo/index.html"
+	@echo "expected time: at most 15 minutes on 2 cores; results in build/demo/index.html"
 	$(RUN) recipes/demo.py --threads $(THREADS)
 
 smoke: $(STAMP)

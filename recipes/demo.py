@@ -1,11 +1,10 @@
 """The whole chain on the shipped tiny trunk: train adapters, evaluate, decode prompts, write the report.
 
-python recipes/demo.py                                       # build/demo, about 16 minutes on 2 cores
+python recipes/demo.py                                       # build/demo, at most 15 minutes on 2 cores
 python recipes/demo.py --config recipes/tiny/smoke.yaml      # the same with tiny numbers, under 2 minutes
 python recipes/demo.py --resume                              # keeps parts that are finished
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -16,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer_pdt.parser import RecipeParser, load_yaml
+from trainer_pdt.parser import RecipeParser, as_words, load_yaml
+from trainer_pdt.resume import is_finished
 from trainer_pdt.telemetry import fingerprint, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +28,8 @@ SAYS = {
     "decode": "decode the prompts, streams side by side",
     "report": "tables and figures",
 }
+# Waiting threads do not spin, which would stall a busy machine; glibc keeps freed memory for the next tensor.
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 
 
 @dataclass
@@ -56,15 +58,6 @@ class DemoArguments:
     resume: bool = field(default=False, metadata={"help": "Keep finished parts."})
 
 
-def as_words(options: dict[str, Any]) -> list[str]:
-    """Options as `--name value` words; lists give several words, mappings and booleans their JSON form."""
-    words = []
-    for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(item if isinstance(item, str) else json.dumps(item) for item in values)]
-    return words
-
-
 def commands(arguments: DemoArguments) -> dict[str, list[list[str]]]:
     """The commands of every part, in order; evaluation calibrates the rollbacks, so it comes before decoding."""
     python, folder = sys.executable, arguments.demo_folder
@@ -72,7 +65,8 @@ def commands(arguments: DemoArguments) -> dict[str, list[list[str]]]:
     launch = [python, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/cpu.yaml"]
     train = [*launch, "recipes/train.py", "--config", arguments.train_config, f"{folder}/{OVERRIDES_FILE}"]
     decode = [python, "recipes/decode.py", "--model", model, *as_words(arguments.decode_options)]
-    evaluate = {"model": model, "output_folder": folder, "training_report": report, "threads": arguments.threads}
+    evaluate = {"model": model, "output_folder": folder, "training_report": report}
+    evaluate |= {"threads": arguments.threads, "workers": arguments.threads}
     page = [python, "-m", "trainer_pdt.evaluation.report", f"{folder}/evaluation.json", "--training", report]
     return {
         "train": [train],
@@ -88,19 +82,16 @@ def commands(arguments: DemoArguments) -> dict[str, list[list[str]]]:
 def prepare(arguments: DemoArguments) -> dict[str, Any]:
     """Empties the demo's own folder unless parts are kept, writes the training overrides; returns finished parts."""
     folder, state_file = ROOT / arguments.demo_folder, ROOT / arguments.demo_folder / STATE_FILE
-    overrides = {
-        "output_dir": f"{arguments.demo_folder}/model",
-        "threads": arguments.threads,
-        **arguments.train_options,
-    }
+    model, threads = f"{arguments.demo_folder}/model", arguments.threads
+    overrides = {"output_dir": model, "threads": threads, **arguments.train_options}
     recipe = load_yaml(ROOT / arguments.train_config) | overrides
     if not (ROOT / recipe["trunk"] / "model.safetensors").is_file():
         raise SystemExit(f"demo: no trunk in {recipe['trunk']}; `make trunk` trains it")
     if folder.is_dir() and any(folder.iterdir()) and not state_file.is_file():
         raise SystemExit(f"demo: {arguments.demo_folder} holds other files; move them or set --demo_folder")
-    state = {"settings": fingerprint(recipe), "parts": {}}
+    state = {"settings": fingerprint(recipe), "max_steps": recipe["max_steps"], "parts": {}}
     if arguments.resume and state_file.is_file():
-        fresh, state = state, read_json(state_file)
+        fresh, state = state, state | read_json(state_file)
         if fresh["settings"] != state["settings"]:
             raise SystemExit(f"demo: {arguments.demo_folder} was made with other settings; leave out --resume")
     else:
@@ -120,9 +111,9 @@ def announce(arguments: DemoArguments) -> None:
 
 
 def run_part(part: str, steps: list[list[str]], threads: int) -> float:
-    """Runs the commands of a part, output shown; threads that wait do not spin, which would stall a busy machine."""
+    """Runs the commands of a part, output shown; returns seconds."""
     fixed = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **fixed, "PYTHONPATH": str(ROOT)}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **MEMORY, **os.environ, **fixed, "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     for command in steps:
         shown = shlex.join(["python", *command[1:]])
@@ -145,6 +136,10 @@ def main() -> None:
         write_json(ROOT / arguments.demo_folder / STATE_FILE, state)
         mark = fingerprint(steps)
         changed = changed or finished.get(part, {}).get("commands") != mark
+        model = f"{arguments.demo_folder}/model"
+        if part == "train" and changed and is_finished(ROOT / model, state["max_steps"]):
+            # Stopped after the model's last file; what training refuses to continue needs its report only.
+            steps = [[sys.executable, "-m", "trainer_pdt.training_report", model]]
         if changed:
             state["parts"][part] = {"commands": mark, "seconds": round(run_part(part, steps, arguments.threads), 1)}
         else:

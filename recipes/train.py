@@ -21,6 +21,7 @@ from trainer_pdt import FeatureMaker, PDTDataCollator, PDTTrainer, PDTTrainingAr
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
 from trainer_pdt.callbacks import ExpectedTimeCallback
 from trainer_pdt.features import load_features
+from trainer_pdt.guard import LossGuard
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.resume import find_checkpoint, record_run
 from trainer_pdt.telemetry import to_jsonable
@@ -76,6 +77,7 @@ def main() -> None:
         args,
         curriculum,
         data_collator=PDTDataCollator.from_config(model.config, tokenizer, max_row_tokens=data.max_row_tokens),
+        guard=LossGuard(args.skip_limit, args.spike_factor),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

@@ -39,15 +39,15 @@ def test_recipes_hold_no_machine_paths(path):
 @pytest.mark.parametrize("path", LAUNCHERS, ids=name)
 def test_launchers_are_complete(path):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    kinds = {"cpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-    assert content["distributed_type"] == kinds[path.stem]
+    kinds = {"cpu": "NO", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert content["distributed_type"] == kinds.get(path.stem, "DEEPSPEED")
     assert content["num_processes"] >= 1
     if content["distributed_type"] == "DEEPSPEED":
         assert content["deepspeed_config"]["zero_stage"] == int(path.stem[-1])
 
 
 def test_launchers_exist():
-    assert {path.stem for path in LAUNCHERS} >= {"cpu", "ddp", "multi_node", "zero2", "zero3"}
+    assert {path.stem for path in LAUNCHERS} == {"cpu", "ddp", "fsdp2", "multi_node", "zero2", "zero3"}
 
 
 def test_the_trunk_recipe_names_fields_only():

@@ -32,6 +32,9 @@ class PDTTrainingArguments(TrainingArguments):
         kd_plan_temperature (`float`, *optional*, defaults to 1.0): Temperature of `kd_plan`.
         kd_top_k (`int`, *optional*, defaults to 0): Tokens kept per position of what `kd`, `keep_close` and `stab`
             compare with, the rest as one bucket; 0 = all.
+        logits_chunk (`int`, *optional*, defaults to 0): Supervised tokens whose logits exist at the same time in the
+            passes that learn; they are made again for the gradient. 0 = all. `plan_snapshot`, and `kd`, `keep_close`
+            and `stab` with `kd_top_k=0`, keep those that they compare with.
         kd_balance_target (`float`, *optional*): Ratio of the gradient norms of `kd` and `lm_ce` to which the weight
             of `kd` is steered; missing = the weight stays as it is. Not with DeepSpeed.
         kd_balance_rate (`float`, *optional*, defaults to 0.05): How fast, per measurement.
@@ -43,12 +46,19 @@ class PDTTrainingArguments(TrainingArguments):
         redundancy_threshold (`float`, *optional*, defaults to 0.7): Cosine of siblings' notes that `red` allows.
         block_start_tokens (`int`, *optional*, defaults to 2): Tokens per block that `block_start` counts.
         coverage_pos_weight (`float`, *optional*, defaults to 1.0): Weight of stated items in `cov`.
+        agreement_margin (`float`, *optional*, defaults to 1.0): Nats by which fresher notes have to help with a block
+            for `agreement_labels: auto` to refuse it.
         corruption_rate (`float`, *optional*, defaults to 0.5): Share of sibling references that the corrupted view of
             the data replaces by another value of the same type.
         eval_bus_mixes (`list[float]`, *optional*): Shares of true notes on the bus at which evaluation takes the
             measures of `docs/metrics.md`, for example 0, 0.35 and 1; missing = only the first table's.
         log_gradient_norms (`int`, *optional*): Optimizer steps from one line of gradient norms per loss to the next,
             see `trainer_pdt.gradient_norms`; missing = none.
+        skip_limit (`int`, *optional*, defaults to 10): Steps of a run that the loss guard may skip; one more ends it.
+        spike_factor (`float`, *optional*): A loss of more than so many times the mean of its stage is skipped too,
+            above 1; missing = every finite loss passes.
+        lower_cache_dir (`str`, *optional*): Folder in which stages that train heads alone keep the states of the lower
+            trunk, so that a document seen again need not run through it; missing = none. Not with ZeRO-3 or FSDP2.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`): Start anew in a folder that holds a run; its
             checkpoints are deleted.
     """
@@ -63,6 +73,7 @@ class PDTTrainingArguments(TrainingArguments):
     kd_temperature: float = field(default=1.0, metadata={"help": "Temperature of kd and stab."})
     kd_plan_temperature: float = field(default=1.0, metadata={"help": "Temperature of kd_plan."})
     kd_top_k: int = field(default=0, metadata={"help": "Teacher tokens kept per position; 0 keeps all."})
+    logits_chunk: int = field(default=0, metadata={"help": "Tokens whose logits exist at the same time; 0 = all."})
     kd_balance_target: float | None = field(
         default=None, metadata={"help": "Ratio of the gradient norms of kd and lm_ce to steer the weight of kd to."}
     )
@@ -76,12 +87,20 @@ class PDTTrainingArguments(TrainingArguments):
     redundancy_threshold: float = field(default=0.7, metadata={"help": "Cosine of siblings' notes that red allows."})
     block_start_tokens: int = field(default=2, metadata={"help": "Tokens per block that block_start counts."})
     coverage_pos_weight: float = field(default=1.0, metadata={"help": "Weight of stated items in cov."})
+    agreement_margin: float = field(default=1.0, metadata={"help": "Nats of help from fresh notes to refuse a block."})
     corruption_rate: float = field(default=0.5, metadata={"help": "Share of references replaced in corrupted rows."})
     eval_bus_mixes: list[float] = field(
         default_factory=list, metadata={"help": "Shares of true notes at which evaluation measures notes and heads."}
     )
     log_gradient_norms: int | None = field(
         default=None, metadata={"help": "Optimizer steps between lines of gradient norms per loss."}
+    )
+    skip_limit: int = field(default=10, metadata={"help": "Steps that the loss guard may skip."})
+    spike_factor: float | None = field(
+        default=None, metadata={"help": "Loss over the mean of its stage from which a step is skipped."}
+    )
+    lower_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for states of the lower trunk in stages that train heads alone."}
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew; deletes earlier checkpoints."})
     remove_unused_columns: bool = field(
@@ -101,6 +120,7 @@ class PDTTrainingArguments(TrainingArguments):
         ):
             check_range(name, getattr(self, name), 0.0, above=True)
         check_range("usage_margin", self.usage_margin, 0.0)
+        check_range("agreement_margin", self.agreement_margin, 0.0)
         check_range("redundancy_threshold", self.redundancy_threshold, -1.0, 1.0)
         if self.kd_balance_target is not None:
             check_range("kd_balance_target", self.kd_balance_target, 0.0, above=True)
@@ -113,7 +133,11 @@ class PDTTrainingArguments(TrainingArguments):
             check_range("eval_bus_mixes", share, 0.0, 1.0)
         if self.log_gradient_norms is not None:
             check_whole("log_gradient_norms", self.log_gradient_norms, 1)
+        check_whole("skip_limit", self.skip_limit, 0)
+        if self.spike_factor is not None:
+            check_range("spike_factor", self.spike_factor, 1.0, above=True)
         check_whole("kd_top_k", self.kd_top_k, 0)
+        check_whole("logits_chunk", self.logits_chunk, 0)
         check_whole("block_start_tokens", self.block_start_tokens, 1)
         check_choice("teacher_kind", self.teacher_kind, TEACHER_KINDS)
         if self.remove_unused_columns:

@@ -34,6 +34,7 @@ class DistillationBalance:
         self.target, self.rate, self.every = target, rate, every
         self.scale = 1.0
         self.ratio: float | None = None
+        self._before = (-1, self.scale, self.ratio)
 
     @classmethod
     def of_run(cls, args: PDTTrainingArguments, curriculum: Curriculum) -> "DistillationBalance | None":
@@ -78,13 +79,25 @@ class DistillationBalance:
         weights = self.weights(stage)
         return torch.stack([weights[name] * gradient_norm(parts[name], parameters) for name in ("kd", "lm_ce")])
 
-    def update(self, norms: Tensor) -> None:
-        """Moves the factor by norms `[2]` of `kd` and `lm_ce`, mean over processes; only positive, finite ones."""
+    def update(self, norms: Tensor, step: int) -> None:
+        """
+        Moves the factor.
+
+        Args:
+            norms (`Tensor` of shape `[2]`): Of `kd` and `lm_ce`, mean over processes; used if positive and finite.
+            step (`int`): Finished optimizer steps.
+        """
+        self._before = (step, self.scale, self.ratio)
         kd, ce = norms.tolist()
         if 0 < kd < math.inf and 0 < ce < math.inf:
             self.ratio = kd / ce
             change = 1.0 - self.rate * (self.ratio - self.target)
             self.scale = min(HIGHEST, max(LOWEST, self.scale * change))
+
+    def undo(self, step: int) -> None:
+        """Takes back what was measured after `step` finished steps, for a step that the guard refuses."""
+        if self._before[0] == step:
+            _, self.scale, self.ratio = self._before
 
     def logs(self) -> dict[str, float]:
         """The factor, and the ratio last measured, for the log."""

@@ -18,10 +18,11 @@ from modeling_pdt.trunk_split import TapState
 
 from .arguments import PDTTrainingArguments
 from .collator import NO_SOURCE
+from .contradictions import contrary_items, disputed_tokens, exchange_texts, student_notes
 from .curriculum import Stage
 from .losses import TopKTeacher, supervised_positions, supervised_values
 from .noise import NoiseDraw, add_gaussian, drop_item_tokens
-from .teacher import EmaTeacher, digest, predict, true_rollout
+from .teacher import EmaTeacher, digest_live, learn, predict, true_rollout
 
 TOKEN_LOSSES = ("lm_ce", "kd", "keep_close", "block_start", "use", "stab", "plan_snapshot")
 """Losses of the student's next-token predictions; without any of them no logits are made."""
@@ -66,6 +67,10 @@ class BranchOutputs:
         buckets_MV (`Tensor`): With the plan's buckets in place of its texts as snapshot 0; with gradient.
         silent_ce_M (`Tensor`): Cross-entropy with an empty bus.
         informed_ce_M (`Tensor`): Cross-entropy with true notes.
+        fresh_gain_M (`Tensor`): Cross-entropy with the student's notes at decoding's lag minus that at lag 0.
+        disputed_RT (`BoolTensor` of shape `[R, T]`): Tokens of repeated facts of which a note of a visible or of the
+            same round tells another value.
+        contrary_BP (`BoolTensor` of shape `[B, P]`): Plan items in whose place the student has another document's.
     """
 
     student: PDTOutput
@@ -78,6 +83,9 @@ class BranchOutputs:
     buckets_MV: Tensor | None = None
     silent_ce_M: Tensor | None = None
     informed_ce_M: Tensor | None = None
+    fresh_gain_M: Tensor | None = None
+    disputed_RT: Tensor | None = None
+    contrary_BP: Tensor | None = None
 
     @property
     def target(self) -> PDTOutput | None:
@@ -103,7 +111,11 @@ def build_rollout(inputs: Mapping[str, Tensor], config: PDTConfig, lag_R1: Tenso
 
 
 def build_targets(
-    inputs: Mapping[str, Tensor], rollout: Rollout, sibling_weight: float, swapped_R: Tensor | None = None
+    inputs: Mapping[str, Tensor],
+    rollout: Rollout,
+    sibling_weight: float,
+    swapped_R: Tensor | None = None,
+    disputed_RT: Tensor | None = None,
 ) -> Targets:
     """
     Targets of a batch under the lags of a rollout.
@@ -114,6 +126,8 @@ def build_targets(
         sibling_weight (`float`): Weight of feasible repeated facts.
         swapped_R (`BoolTensor` of shape `[R]`, *optional*): Rows that read another document's notes; what they repeat
             cannot be known and gets weight 0.
+        disputed_RT (`BoolTensor` of shape `[R, T]`, *optional*): Tokens that notes of the bus contradict; where those
+            notes are visible, they get weight 0.
     """
     labels = inputs["labels"]
     source = inputs["source_round"]
@@ -123,6 +137,8 @@ def build_targets(
     weights = torch.where(feasible, sibling_weight, 1.0)
     if swapped_R is not None:
         weights = weights.masked_fill(sibling & swapped_R[:, None], 0.0)
+    if disputed_RT is not None:
+        weights = weights.masked_fill(feasible & disputed_RT, 0.0)
     return Targets(
         *(supervised_values(values, labels) for values in (labels, inputs["block_offset"], sibling, feasible, weights))
     )
@@ -141,6 +157,13 @@ def student_rollout(
     rollout = build_rollout(inputs, config, noise.lag_R.to(device)[:, None])
     if stage.item_drop > 0:
         rollout = replace(rollout, item_mask_BPL=drop_item_tokens(rollout.item_mask_BPL, stage.item_drop, generator))
+    if stage.item_contradict > 0:
+        items = exchange_texts(
+            (rollout.item_ids_BPL, rollout.item_mask_BPL),
+            (inputs["contrary_item_ids"], inputs["contrary_item_mask"]),
+            contrary_items(inputs, noise),
+        )
+        rollout = replace(rollout, item_ids_BPL=items[0], item_mask_BPL=items[1])
     changes: dict[str, Any] = {
         "wants_coverage": stage.is_active("cov"),
         "wants_agreement": stage.is_active("agree"),
@@ -153,9 +176,9 @@ def student_rollout(
         blank = torch.zeros(rows, rounds, config.notes_per_block, config.notes_dim)
         changes["perturbation_RVKN"] = add_gaussian(blank, stage.note_noise, generator).to(device)
     if stage.bus_mix > 0:
-        told = inputs["noisy_note_mask"].any(dim=2)
-        changes["teacher_RV"] = noise.teacher_RK.to(device) & told
-        changes["note_ids_RVL"], changes["note_mask_RVL"] = inputs["noisy_note_ids"], inputs["noisy_note_mask"]
+        ids, mask = student_notes(inputs, stage, noise)
+        changes["teacher_RV"] = noise.teacher_RK.to(device) & mask.any(dim=2)
+        changes["note_ids_RVL"], changes["note_mask_RVL"] = ids, mask
     return replace(rollout, **changes)
 
 
@@ -174,7 +197,8 @@ def run_branches(
 
     Args:
         model (`nn.Module`): `PDTForParallelDecoding`, possibly wrapped for distributed training.
-        inputs (`Mapping[str, Any]`): A view of the batch from the collator.
+        inputs (`Mapping[str, Any]`): A view of the batch from the collator; `tap` ([`TapState`]) where its lower half
+            is known.
         stage (`Stage`), noise (`NoiseDraw`): What to train, and the step's draws.
         arguments (`PDTTrainingArguments`): Weights and the kind of teacher.
         config (`PDTConfig`): The model's configuration.
@@ -185,19 +209,38 @@ def run_branches(
     positions = supervised_positions(inputs["labels"])
     predicts = any(stage.is_active(loss) for loss in TOKEN_LOSSES)
     swapped = noise.swapped_R.to(positions.device) if stage.note_swap > 0 else None
-    targets = build_targets(inputs, rollout, arguments.sibling_weight, swapped)
+    disputed = disputed_tokens(inputs, noise, rollout) if stage.note_contradict > 0 else None
+    targets = build_targets(inputs, rollout, arguments.sibling_weight, swapped, disputed)
     plans = stage.is_active("planner") or stage.is_active("kd_plan")
-    student = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        position_ids=inputs["position_ids"],
-        stream_ids=inputs["stream_ids"],
-        rollout=rollout,
-        logits_mask=positions if predicts else torch.zeros_like(positions),
-        planner_mask=inputs["planner_mask"] if plans else None,
+    reading = {
+        "tap": inputs.get("tap"),
+        **{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids", "stream_ids")},
+        "rollout": rollout,
+        "planner_mask": inputs["planner_mask"] if plans else None,
+    }
+    chunk = arguments.logits_chunk
+    student = learn(model, positions, chunk, **reading) if predicts else model(**reading, heads_only=True)
+    tap = student.tap.detach()
+    extra = _teachers(model, inputs, stage, arguments, rollout, tap, targets, ema)
+    if stage.item_contradict > 0:
+        extra["contrary_BP"] = contrary_items(inputs, noise)
+    if stage.agreement_labels == "auto":
+        extra["fresh_gain_M"] = _fresh_gain(model, inputs, rollout, tap, targets, config.bus_lag)
+    return BranchOutputs(student, targets, disputed_RT=disputed, **extra)
+
+
+def _fresh_gain(
+    model: nn.Module, inputs: Mapping[str, Tensor], rollout: Rollout, tap: TapState, targets: Targets, lag: int
+) -> Tensor:
+    """By how many nats `[M]` notes of the same round help, beyond those that decoding reads with its lag."""
+    quiet = replace(rollout, wants_coverage=False, wants_agreement=False)
+    positions = supervised_positions(inputs["labels"])
+    same = {"tap": tap, "stream_ids": inputs["stream_ids"]}
+    usual, fresh = (
+        predict(model, positions, 0, (), targets.tokens_M, **same, rollout=replace(quiet, lag_R1=lag_R1))[1]
+        for lag_R1 in (torch.full_like(quiet.lag_R1, lag), torch.zeros_like(quiet.lag_R1))
     )
-    extra = _teachers(model, inputs, stage, arguments, rollout, student.tap.detach(), targets, ema)
-    return BranchOutputs(student, targets, **extra)
+    return usual.ce_M - fresh.ce_M
 
 
 def _teachers(
@@ -238,7 +281,9 @@ def _teachers(
         older = replace(quiet, lag_R1=quiet.lag_R1 + 1)
         passes["stale"] = predict(model, positions, top_k, (temperature,), **same, rollout=older)[1].distributions[0]
     if stage.is_active("plan_snapshot"):
-        passes["buckets_MV"] = model(**same, rollout=_with_buckets(inputs, quiet), logits_mask=positions).logits
+        passes["buckets_MV"] = learn(
+            model, positions, arguments.logits_chunk, **same, rollout=_with_buckets(inputs, quiet)
+        ).logits
     return passes
 
 
@@ -260,18 +305,21 @@ def _true_notes(
     aimed_at = distils or informs or any(stage.is_active(loss) for loss in TARGETED_LOSSES)
     positions = supervised_positions(inputs["labels"])
     temperatures, tokens_M = (arguments.kd_temperature,) * distils, targets.tokens_M if informs else None
+    truth = true_rollout(inputs, rollout)
+    if stage.item_contradict > 0:
+        truth = replace(truth, item_ids_BPL=inputs["item_ids"], item_mask_BPL=inputs["item_mask"])
     reading = {
         **same,
-        "rollout": true_rollout(inputs, rollout),
+        "rollout": truth,
         "planner_mask": inputs["prompt_mask"] if plans else None,
     }
     passes: dict[str, Any] = {}
     if learns:
-        passes["teacher"] = model(**reading, logits_mask=positions)
+        passes["teacher"] = learn(model, positions, arguments.logits_chunk, **reading)
     if not aimed_at:
         return passes
     if learns and not averages:
-        seen = digest([passes["teacher"].logits.detach()], arguments.kd_top_k, temperatures, tokens_M)
+        seen = digest_live(passes["teacher"].logits, arguments.kd_top_k, temperatures, tokens_M)
     else:
         with ema.weights() if averages else nullcontext():
             output, seen = predict(model, positions, arguments.kd_top_k, temperatures, tokens_M, **reading)

@@ -20,7 +20,10 @@ from .telemetry import read_thresholds, write_thresholds
 THRESHOLDS = tuple(step / 50 for step in range(1, 50))
 """Thresholds of the curves."""
 
-ALLOWED_FALSE_ALARMS = 0.05
+ALLOWED_FALSE_ALARMS = 0.03
+"""Share of sound blocks that may be written again for nothing: with about ten sound blocks to a contradictory
+one, most rewritings that a higher share would add are for nothing."""
+
 BINS = 10
 
 
@@ -186,7 +189,7 @@ def threshold_by_f1(judgements: Judgements, weights_BN: Tensor) -> Tensor:
 RULES: dict[str, tuple[Callable[[Judgements, Tensor], Tensor], str]] = {
     "false_alarms": (
         threshold_by_false_alarms,
-        "the highest threshold that withdraws at most 5 % of the sound blocks",
+        f"the highest threshold that withdraws at most {ALLOWED_FALSE_ALARMS:.0%} of the sound blocks",
     ),
     "best_f1": (threshold_by_f1, "the threshold of 0.02, 0.04, ..., 0.98 with the best F1, the lowest of equals"),
 }

@@ -20,6 +20,12 @@ NO_SOURCE = -1
 SOURCE_NEVER = 1 << 20
 """Round of a fact that no sibling states: later than any round."""
 
+NOTES = (("note", "fact", "fact"), ("noisy_note", "noisy", "noisy"))
+"""Notes of a batch: name, and the features that hold the facts and their places."""
+
+NOTE_VARIANTS = (("paraphrased_note", "paraphrase", "noisy"), ("contrary_note", "contrary", "fact"))
+"""The same of their other renderings."""
+
 
 @dataclass
 class PDTDataCollator:
@@ -38,6 +44,8 @@ class PDTDataCollator:
         with_corrupted (`bool`, *optional*, defaults to `False`): Add the corrupted view as `corrupted`.
         with_text_teacher (`bool`, *optional*, defaults to `False`): Add rows in which the siblings' sections precede
             the own one, as `text_input_ids`, `text_attention_mask` and `text_labels`.
+        with_variants (`bool`, *optional*, defaults to `False`): Add notes in other words and with other values, plan
+            items of other documents, and the data's readiness labels.
         max_row_tokens (`int`, *optional*): Longest row allowed.
     """
 
@@ -48,6 +56,7 @@ class PDTDataCollator:
     padding_side: str = "left"
     with_corrupted: bool = False
     with_text_teacher: bool = False
+    with_variants: bool = False
     max_row_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +86,10 @@ class PDTDataCollator:
             - `note_ids`, `note_mask`, `noisy_note_ids`, `noisy_note_mask` `[R, V, L]`;
             - `contradicts`, `judgeable`, `block_exists` `[R, V]`: judgeable blocks hold a repeated fact that its
               source states in a visible or in the same round;
+            - if asked for, `paraphrased_note_ids`, `paraphrased_note_mask` (the noisy notes in other words),
+              `contrary_note_ids`, `contrary_note_mask` `[R, V, L]`, `contrary_item_ids`, `contrary_item_mask`
+              `[B, P, L]`, and aligned with `labels` `disputed_row` (row whose contrary notes tell the repeated fact
+              with another value, -1 = none) and `ready` (1, 0, -1 = no label) `[R, T]`;
             - `corrupted`: the same for the corrupted view, if asked for.
         """
         streams = {len(document["header_ids"]) for document in documents}
@@ -96,6 +109,10 @@ class PDTDataCollator:
         ]
         rounds = max(-(-len(section) // self.block_size) for view in views for section in view["section_ids"])
         batch = self._pad_rows(rows)
+        if self.with_variants:
+            streams = len(rows) // len(documents)
+            first_R1 = torch.arange(len(rows))[:, None] // streams * streams
+            batch["disputed_row"] = torch.where(batch["disputed_row"] >= 0, batch["disputed_row"] + first_R1, -1)
         batch |= self._items(documents)
         batch |= self._blocks(documents, views, rounds)
         if self.with_text_teacher:
@@ -116,7 +133,7 @@ class PDTDataCollator:
         written = [token // size for token in range(length)]
         sources = [token // size if token >= 0 else SOURCE_NEVER for token in view["source_token"][stream]]
         adapter = stream % self.num_streams
-        return {
+        row = {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
             "position_ids": list(range(len(ids))),
@@ -132,6 +149,7 @@ class PDTDataCollator:
             "source_round": [NO_SOURCE] * opening
             + [sources[number] if number >= 0 else NO_SOURCE for number in view["reference"][stream]],
         }
+        return row | _variants(view, stream, opening) if self.with_variants else row
 
     def _pad_rows(self, rows: list[dict[str, list]]) -> dict[str, Tensor]:
         fillers = {
@@ -155,12 +173,11 @@ class PDTDataCollator:
         return batch
 
     def _items(self, documents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids, mask = self._texts([document["item_ids"] for document in documents])
-        return {
-            "item_ids": ids,
-            "item_mask": mask,
-            "plan_slots": torch.tensor([document["plan_slots"] for document in documents]),
-        }
+        batch = {"plan_slots": torch.tensor([document["plan_slots"] for document in documents])}
+        for name in ("item", "contrary_item") if self.with_variants else ("item",):
+            ids, mask = self._texts([document[f"{name}_ids"] for document in documents])
+            batch |= {f"{name}_ids": ids, f"{name}_mask": mask}
+        return batch
 
     def _texts(self, texts: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
         """Right-padded tokens `[M, N, L]` of M lists of up to N texts, and their mask."""
@@ -202,9 +219,9 @@ class PDTDataCollator:
             "coverage_targets": targets & covered,
             "coverage_mask": covered,
         }
-        for name, key in (("note", "fact"), ("noisy_note", "noisy")):
+        for name, key, place in NOTES + NOTE_VARIANTS if self.with_variants else NOTES:
             texts = [
-                _texts_by_round(view[f"{key}_ids"][s], view[f"{key}_token"][s], size, rounds) for _, view, s in rows
+                _texts_by_round(view[f"{key}_ids"][s], view[f"{place}_token"][s], size, rounds) for _, view, s in rows
             ]
             batch[f"{name}_ids"], batch[f"{name}_mask"] = self._texts(texts)
         return batch
@@ -226,6 +243,18 @@ def _labels(view: Mapping[str, Any], stream: int) -> list[int]:
     """Labels of a section: its tokens, without those of planted values."""
     pairs = zip(view["section_ids"][stream], view["planted"][stream], strict=True)
     return [IGNORE_INDEX if planted else token for token, planted in pairs]
+
+
+def _variants(view: Mapping[str, Any], stream: int, opening: int) -> dict[str, list]:
+    """What a section's tokens repeat: the stream that contrary notes contradict, and the data's readiness label."""
+    facts = zip(view["disputable"][stream], view["source_stream"][stream], strict=True)
+    disputed = [source if disputable else -1 for disputable, source in facts]
+    values = {"disputed_row": disputed, "ready": view["ready"][stream]}
+    reference = view["reference"][stream]
+    return {
+        name: [-1] * opening + [by_fact[number] if number >= 0 else -1 for number in reference]
+        for name, by_fact in values.items()
+    }
 
 
 def _texts_by_round(texts: list[list[int]], tokens: list[int], block_size: int, rounds: int) -> list[list[int]]:

@@ -46,7 +46,12 @@ METRIC_NAMES: tuple[str, ...] = ("nli",)
 """Measures without a gradient; they take no weight."""
 
 DataView = Literal["clean", "corrupted"]
+AgreementLabelKind = Literal["planted", "readiness", "auto"]
 
+_PROBABILITIES = (
+    *("bus_mix", "note_drop", "note_swap", "stream_dropout", "lag_jitter", "item_drop"),
+    *("note_paraphrase", "note_contradict", "item_contradict"),
+)
 _ONLY_SOURCES = {"coverage": ("cov", "agree"), "agreement": ("agree",), "stream": ("stream",)}
 
 
@@ -107,6 +112,15 @@ class Stage:
             that items are recognised in other words too.
         lr_scale (`dict[str, float]`, *optional*): Learning-rate factor above 0 of trained groups; 1 when missing.
         data (`str`, *optional*, defaults to `"clean"`): `"corrupted"` = rows with planted contradictions.
+        note_paraphrase (`float`, *optional*, defaults to 0.0): Probability that a teacher's note on the student's bus
+            is told in other words; with `bus_mix` above 0.
+        note_contradict (`float`, *optional*, defaults to 0.0): Probability that it tells other values than the text;
+            with `bus_mix` above 0.
+        item_contradict (`float`, *optional*, defaults to 0.0): Probability that another document's item stands in the
+            place of a plan item, as a negative of `cov`.
+        agreement_labels (`str`, *optional*, defaults to `"planted"`): What `agree` refuses: contradictions;
+            `"readiness"` = also blocks with a reference that the data calls not ready; `"auto"` = also blocks that
+            fresher notes would have helped (`agreement_margin`).
     """
 
     name: str
@@ -122,15 +136,21 @@ class Stage:
     item_drop: float = 0.0
     lr_scale: dict[str, float] = field(default_factory=dict)
     data: DataView = "clean"
+    note_paraphrase: float = 0.0
+    note_contradict: float = 0.0
+    item_contradict: float = 0.0
+    agreement_labels: AgreementLabelKind = "planted"
 
     def __post_init__(self) -> None:
         where = f"stages[{self.name}]"
-        for name in ("bus_mix", "note_drop", "note_swap", "stream_dropout", "lag_jitter", "item_drop"):
+        for name in _PROBABILITIES:
             check_range(f"{where}.{name}", getattr(self, name), 0.0, 1.0)
         check_range(f"{where}.note_noise", self.note_noise, 0.0)
         check_choice(f"{where}.data", self.data, get_args(DataView))
+        check_choice(f"{where}.agreement_labels", self.agreement_labels, get_args(AgreementLabelKind))
         self._check_groups(where)
         self._check_losses(where)
+        self._check_effects(where)
 
     def _check_groups(self, where: str) -> None:
         if not self.train:
@@ -156,6 +176,24 @@ class Stage:
                     f"{where}.train: {group!r} learns from none of the losses {list(self.active_losses)}, "
                     f"allowed: together with {' or '.join(sources)}."
                 )
+
+    def _check_effects(self, where: str) -> None:
+        """What would do nothing is refused."""
+        acts = {
+            "note_paraphrase": (self.note_paraphrase == 0 or self.bus_mix > 0, "bus_mix above 0"),
+            "note_contradict": (self.note_contradict == 0 or self.bus_mix > 0, "bus_mix above 0"),
+            "item_contradict": (self.item_contradict == 0 or self.is_active("cov"), "a weight of cov"),
+            "agreement_labels": (self.agreement_labels == "planted" or self.is_active("agree"), "a weight of agree"),
+        }
+        for name, (does, needs) in acts.items():
+            if not does:
+                raise ValueError(f"{where}.{name}={getattr(self, name)!r} does nothing, allowed: with {needs}.")
+
+    @property
+    def needs_variants(self) -> bool:
+        """Whether batches have to hold other renderings of notes and plan, and the data's labels."""
+        contradicts = self.note_contradict > 0 or self.item_contradict > 0
+        return contradicts or self.note_paraphrase > 0 or self.agreement_labels == "readiness"
 
     @property
     def active_losses(self) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ class TeacherForcedMetrics:
                 position_ids=view["position_ids"],
                 stream_ids=view["stream_ids"],
                 rollout=rollout,
-                logits_mask=torch.zeros_like(view["labels"], dtype=torch.bool),
+                heads_only=True,
             )
             threshold = UNCALIBRATED if config.agreement_threshold is None else config.agreement_threshold
             found = out.agreement_logits.sigmoid() < threshold

@@ -8,6 +8,7 @@ free.
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,18 @@ from .data.publish import document_from_row
 from .data.schema import Document, Fact, Span, Stream
 from .data.worlds import WorldOptions, generate_document
 from .render import render_header, render_outline, render_request
-
-FACT_FORMAT = " The {cue} is {value}."
-"""How one fact of a note is written for the notes encoder."""
+from .variants import collect_items, contrary_fact, contrary_items, is_disputable, render_fact
 
 VALUE_DOCUMENTS = 500
-"""Procedural documents from which values for contradictions are collected."""
+"""Documents from which values (procedural ones) and plan items for contradictions are collected."""
 
 MAX_KNOWN_TEXTS = 50_000
 
 NEVER = -1
 """Token index of something that no text states."""
+
+NO_LABEL = -1
+"""Readiness of a repeated fact that the data does not judge."""
 
 
 def collect_values(documents: Iterable[Document]) -> dict[str, tuple[str, ...]]:
@@ -124,6 +126,8 @@ class FeatureMaker:
         corruption_rate (`float`, *optional*, defaults to 0.5): Share of repeated facts that the corrupted view
             replaces.
         seed (`int`, *optional*, defaults to 0): Seed of contradictions and of the choice of noisy notes.
+        items (`Mapping[str, Sequence[str]]`, *optional*): Texts of plan items for contradictions, see
+            [`collect_items`].
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -133,6 +137,7 @@ class FeatureMaker:
     values: Mapping[str, Sequence[str]] = field(default_factory=dict)
     corruption_rate: float = 0.5
     seed: int = 0
+    items: Mapping[str, Sequence[str]] = field(default_factory=dict)
     _known: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -147,8 +152,8 @@ class FeatureMaker:
 
         Returns:
             `dict` with `document_id`, `request_ids`, `outline_ids`, `header_ids` `[streams][*]`, `item_ids`
-            `[items][*]`, `item_streams` `[items]`, `plan_slots` `[num_plan_slots]` (0 = no item), and the views
-            `clean` and `corrupted`, see [`FeatureMaker.view`].
+            `[items][*]`, `contrary_item_ids` alike (no tokens without a pool), `item_streams` `[items]`, `plan_slots`
+            `[num_plan_slots]` (0 = no item), and the views `clean` and `corrupted`, see [`FeatureMaker.view`].
         """
         if not isinstance(document, Document):
             document = document_from_row(document)
@@ -158,8 +163,9 @@ class FeatureMaker:
         texts = [render_request(document.prompt, self.tokenizer), render_outline(document)]
         texts += [render_header(stream.header) for stream in document.streams]
         texts += [item.text for item in document.items]
+        texts += contrary_items(document, self.items, random.Random(f"{self.seed}/{document.document_id}/items"))
         ids = self._encode(texts)
-        streams = len(document.streams)
+        streams, first = len(document.streams), 2 + len(document.streams)
         slots = [
             plan_bucket(item.text, item.stream, self.plan_hash_salt, self.plan_vocab_size) for item in document.items
         ][: self.num_plan_slots]
@@ -169,7 +175,8 @@ class FeatureMaker:
             "request_ids": ids[0],
             "outline_ids": ids[1],
             "header_ids": ids[2 : 2 + streams],
-            "item_ids": ids[2 + streams :],
+            "item_ids": ids[first : first + len(document.items)],
+            "contrary_item_ids": ids[first + len(document.items) :],
             "item_streams": [item.stream for item in document.items],
             "plan_slots": slots + [0] * (self.num_plan_slots - len(slots)),
             "clean": clean,
@@ -191,9 +198,11 @@ class FeatureMaker:
         Returns:
             `dict` of lists by stream: `section_ids` (with EOS), `reference` (number of the repeated fact that a token
             belongs to, -1 for none), `own` (token of an own value), `planted` (token of a replaced value), per
-            repeated fact `source_stream`, `source_token` (last token of its first statement, -1 = never) and
-            `contradicts`, per fact of the true and noisy notes `fact_ids`, `fact_token`, `noisy_ids`, `noisy_token`;
-            and by plan item `item_token` (last token of the owner's statement, -1 = never).
+            repeated fact `source_stream`, `source_token` (last token of its first statement, -1 = never),
+            `contradicts`, `disputable` (its source's contradicting note has another value) and `ready` (of the data,
+            -1 = no label), per fact of the true, contradicting and noisy notes `fact_ids`, `contrary_ids`,
+            `fact_token`, `noisy_ids`, `paraphrase_ids` (the noisy ones in other words), `noisy_token`; and by plan
+            item `item_token` (last token of the owner's statement, -1 = never).
         """
         encodings = self.tokenizer(
             [stream.text for stream in document.streams], add_special_tokens=False, return_offsets_mapping=True
@@ -210,34 +219,37 @@ class FeatureMaker:
             marks = _mark_tokens(len(ids) + 1, stream, ranges[number], {n for s, n in planted if s == number})
             for key, values in marks.items():
                 view[key].append(values)
-        view |= _sources(document, original, ranges)
+        view |= _sources(document, original, ranges, planted, self.values)
         view["item_token"] = _item_tokens(document, ranges)
         return view | self._notes(document, planted, offsets, variant)
 
     def _notes(
         self, document: Document, planted: set[tuple[int, int]], offsets: list, variant: float
     ) -> dict[str, list]:
-        """Facts of true and noisy notes by stream, with the token that ends their evidence."""
-        chosen: dict[str, list[Sequence[Fact]]] = {"fact": [], "noisy": []}
+        """Facts of true, contradicting and noisy notes by stream, with the token that ends their evidence."""
+        rng = random.Random(f"{self.seed}/{document.document_id}/notes")
+        chosen: dict[str, list[Sequence[Fact]]] = {"fact": [], "contrary": [], "noisy": []}
         for stream in document.streams:
-            facts = [
-                Fact("", span.cue, span.value, span.start, span.end)
-                for place, span in enumerate(stream.spans)
-                if (stream.stream_id, place) not in planted
-            ]
+            told = [span for place, span in enumerate(stream.spans) if (stream.stream_id, place) not in planted]
+            facts = [Fact("", span.cue, span.value, span.start, span.end) for span in told]
             noisy: Sequence[Fact] = facts
             if stream.noisy_notes and not any(index == stream.stream_id for index, _ in planted):
                 noisy = stream.noisy_notes[int(variant * len(stream.noisy_notes))].facts
+            pairs = zip(facts, told, strict=True)
             chosen["fact"].append(facts)
+            chosen["contrary"].append([contrary_fact(f, stream.stream_id, s, self.values, rng) for f, s in pairs])
             chosen["noisy"].append(noisy)
-        flat = [fact for streams in chosen.values() for facts in streams for fact in facts]
-        ids = iter(self._encode([FACT_FORMAT.format(cue=fact.predicate, value=fact.object) for fact in flat]))
-        notes: dict[str, list] = {}
-        for name, streams in chosen.items():
-            notes[f"{name}_ids"] = [[next(ids) for _ in facts] for facts in streams]
+        texts = {name: [[render_fact(f) for f in facts] for facts in streams] for name, streams in chosen.items()}
+        texts["paraphrase"] = [[render_fact(fact, rng) for fact in facts] for facts in chosen["noisy"]]
+        flat = [text for streams in texts.values() for group in streams for text in group]
+        ids = iter(self._encode(flat))
+        notes: dict[str, list] = {
+            f"{name}_ids": [[next(ids) for _ in group] for group in streams] for name, streams in texts.items()
+        }
+        for name in ("fact", "noisy"):
             notes[f"{name}_token"] = [
                 [_token_range(ends, fact.start, fact.end)[1] - 1 for fact in facts]
-                for facts, ends in zip(streams, offsets, strict=True)
+                for facts, ends in zip(chosen[name], offsets, strict=True)
             ]
         return notes
 
@@ -274,22 +286,34 @@ def _mark_tokens(length: int, stream: Stream, ranges: list[tuple[int, int]], pla
     return {"reference": reference, "own": own, "planted": replaced}
 
 
-def _sources(document: Document, original: Document, ranges: list[list[tuple[int, int]]]) -> dict[str, list]:
-    sources: dict[str, list] = {"source_stream": [], "source_token": [], "contradicts": []}
+def _sources(
+    document: Document,
+    original: Document,
+    ranges: list[list[tuple[int, int]]],
+    planted: set[tuple[int, int]],
+    values: Mapping[str, Sequence[str]],
+) -> dict[str, list]:
+    names = ("source_stream", "source_token", "contradicts", "disputable", "ready")
+    sources: dict[str, list] = {name: [] for name in names}
     for stream in document.streams:
         found = [
             (number, source_of(original, stream.stream_id, original.streams[stream.stream_id].spans[number]))
             for number, span in enumerate(stream.spans)
             if span.kind == "sibling"
         ]
+        said = [(number, place and document.streams[place[0]].spans[place[1]]) for number, place in found]
         sources["source_stream"].append([place[0] if place else -1 for _, place in found])
         sources["source_token"].append([ranges[place[0]][place[1]][1] - 1 if place else NEVER for _, place in found])
         sources["contradicts"].append(
+            [span is not None and span.value != stream.spans[number].value for number, span in said]
+        )
+        sources["disputable"].append(
             [
-                place is not None and document.streams[place[0]].spans[place[1]].value != stream.spans[number].value
-                for number, place in found
+                place is not None and place not in planted and is_disputable(place[0], span, values)
+                for (_, place), (_, span) in zip(found, said, strict=True)
             ]
         )
+        sources["ready"].append([int(ready) for ready in stream.ready] if stream.ready else [NO_LABEL] * len(found))
     return sources
 
 
@@ -308,18 +332,18 @@ def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[
 
     Args:
         data ([`DataArguments`]): Where documents come from, and how many.
-        maker ([`FeatureMaker`]): Makes the features; its pool of values is filled here.
+        maker ([`FeatureMaker`]): Makes the features; its pools are filled here.
         seed (`int`): Seed of the worlds.
     """
     if data.dataset_path is None:
         options = WorldOptions(data.document_streams, seed=seed)
         kinds = (False, True) if data.hard_fraction else (False,)
-        pool = (
+        pool = [
             generate_document("train", index, replace(options, hard=hard), with_notes=False)
             for hard in kinds
             for index in range(VALUE_DOCUMENTS)
-        )
-        maker.values = collect_values(pool)
+        ]
+        maker.values, maker.items = collect_values(pool), collect_items(pool)
         train = WorldFeatures("train", data.train_documents, maker, options, data.hard_fraction)
         return train, WorldFeatures("validation", data.eval_documents, maker, options, data.hard_fraction)
     splits = load_from_disk(data.dataset_path) if Path(data.dataset_path).is_dir() else load_dataset(data.dataset_path)
@@ -329,6 +353,7 @@ def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[
         raise ValueError(f"dataset_path={data.dataset_path!r} lacks the splits {missing}, it has {sorted(splits)}.")
     parts = [splits[name].select(range(min(count, len(splits[name])))) for name, count in counts.items()]
     maker.values = collect_values(document_from_row(row) for row in parts[0])
+    maker.items = collect_items(document_from_row(row) for row in islice(parts[0], VALUE_DOCUMENTS))
     return tuple(part.map(maker, remove_columns=part.column_names) for part in parts)
 
 

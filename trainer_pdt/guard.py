@@ -1,7 +1,7 @@
 """Keeps batches whose loss is no number, or far above what is usual, from changing the weights."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,9 @@ class LossGuard(TrainerCallback, ExportableState):
         limit (`int`, *optional*, defaults to 10): Steps of a run that may be skipped; one more ends it.
         spike_factor (`float`, *optional*): A loss of more than so many times the running mean of its stage is refused
             too, once the stage has had [`USUAL_STEPS`]; missing = every finite loss passes.
+
+    `on_refusal` (`list[Callable[[int], None]]`) is called with the number of finished steps for every refused one, so
+    that whatever else has followed the step can go back.
     """
 
     def __init__(self, limit: int = 10, spike_factor: float | None = None) -> None:
@@ -62,6 +65,7 @@ class LossGuard(TrainerCallback, ExportableState):
         self.limit, self.spike_factor = limit, spike_factor
         self.stage, self.mean, self.usual = -1, 0.0, 0
         self.skipped: list[dict[str, Any]] = []
+        self.on_refusal: list[Callable[[int], None]] = []
         self._losses: list[Tensor] = []
         self._documents: list[str] = []
 
@@ -111,6 +115,8 @@ class LossGuard(TrainerCallback, ExportableState):
             self.usual += 1
             return True
         self.skipped.append({"step": step + 1, "reason": reason, "documents": gather_object(documents)})
+        for undo in self.on_refusal:
+            undo(step)
         self._report(can_skip=accelerator.distributed_type != DistributedType.DEEPSPEED)
         return False
 

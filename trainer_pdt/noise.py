@@ -5,12 +5,16 @@ probability leaves the other draws of a step as they are. Letters: B documents, 
 order, K rounds. What a stage asks for is drawn once per step by `draw_noise`.
 """
 
+import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .curriculum import Stage, check_range
+
+SIDE_DRAWS = ("note_paraphrase", "note_contradict", "item_contradict")
+"""Noise that draws with a generator of its own."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class NoiseDraw:
         source_R (`LongTensor` of shape `[rows]`): Row whose notes stand on the bus in the place of this row's:
             `notes = notes[source_R]`, masks alike.
         lag_R (`LongTensor` of shape `[rows]`): Lag that each row reads with.
+        paraphrase_RK (`BoolTensor` of shape `[rows, rounds]`): The teacher's note is told in other words.
+        contradict_RK (`BoolTensor` of shape `[rows, rounds]`): The teacher's note tells other values.
+        contradict_BP (`BoolTensor` of shape `[documents, items]`): Another document's plan item stands here.
     """
 
     teacher_RK: Tensor
@@ -33,6 +40,9 @@ class NoiseDraw:
     producer_R: Tensor
     source_R: Tensor
     lag_R: Tensor
+    paraphrase_RK: Tensor
+    contradict_RK: Tensor
+    contradict_BP: Tensor
 
     @property
     def swapped_R(self) -> Tensor:
@@ -41,10 +51,17 @@ class NoiseDraw:
 
 
 def draw_noise(
-    stage: Stage, num_documents: int, num_streams: int, num_rounds: int, lag: int, generator: torch.Generator
+    stage: Stage,
+    num_documents: int,
+    num_streams: int,
+    num_rounds: int,
+    lag: int,
+    generator: torch.Generator,
+    num_items: int = 0,
 ) -> NoiseDraw:
     """
-    All draws that a stage asks for, in a fixed order. Gaussian noise is added to the notes with `add_gaussian`.
+    All draws that a stage asks for, the first five in a fixed order, the others each with a generator of its own.
+    Gaussian noise is added to the notes with `add_gaussian`.
 
     Args:
         stage (`Stage`): Probabilities.
@@ -52,9 +69,13 @@ def draw_noise(
         num_streams (`int`): Streams per document.
         num_rounds (`int`): Rounds per row.
         lag (`int`): Lag of decoding, at least 1.
-        generator (`torch.Generator`): Source of randomness.
+        generator (`torch.Generator`): Source of randomness, newly seeded.
+        num_items (`int`, *optional*, defaults to 0): Plan items per document; with `item_contradict`, those of the
+            batch.
     """
     num_rows = num_documents * num_streams
+    blocks = (num_rows, num_rounds)
+    apart = {name: side_generator(generator, name) for name in SIDE_DRAWS}
     return NoiseDraw(
         teacher_RK=mix_bus(num_rows, num_rounds, stage.bus_mix, generator),
         keep_RK=drop_notes(
@@ -63,7 +84,24 @@ def draw_noise(
         producer_R=drop_streams(num_rows, stage.stream_dropout, generator),
         source_R=swap_documents(num_documents, num_streams, stage.note_swap, generator),
         lag_R=jitter_lag(num_rows, lag, stage.lag_jitter, generator),
+        paraphrase_RK=_bernoulli("note_paraphrase", blocks, stage.note_paraphrase, apart["note_paraphrase"]),
+        contradict_RK=_bernoulli("note_contradict", blocks, stage.note_contradict, apart["note_contradict"]),
+        contradict_BP=_bernoulli(
+            "item_contradict", (num_documents, num_items), stage.item_contradict, apart["item_contradict"]
+        ),
     )
+
+
+def side_generator(generator: torch.Generator, name: str) -> torch.Generator:
+    """
+    A generator of its own for one kind of noise, so that its draws move no other ones.
+
+    Args:
+        generator (`torch.Generator`): What matters is the number it was seeded with, not what it has drawn since.
+        name (`str`): Of the noise.
+    """
+    seed = random.Random(f"{generator.initial_seed()}/{name}").getrandbits(63)
+    return torch.Generator(generator.device).manual_seed(seed)
 
 
 def drop_item_tokens(mask_BPL: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .agreement_labels import AgreementLabels, automatic_labels, planted_labels, readiness_labels
 from .arguments import PDTTrainingArguments
 from .branches import BranchOutputs, Targets
 from .curriculum import Stage
 from .losses import (
-    IGNORE_INDEX,
     agreement_bce,
     block_start_ce,
     coverage_bce,
@@ -31,8 +31,8 @@ from .losses import (
     use_margin,
 )
 
-OTHER_BLOCK_WEIGHT = 0.25
-"""Weight in `agree` of blocks that nobody can contradict; decoding judges them too, so the head has to pass them."""
+OTHER_BLOCK_WEIGHT = 1.0
+"""Weight in `agree` of blocks that nobody can contradict; decoding judges them too, and most blocks are such."""
 
 
 def loss_parts(
@@ -57,7 +57,10 @@ def _token_parts(branches: BranchOutputs, stage: Stage, arguments: PDTTrainingAr
     return {
         "lm_ce": lambda: lm_ce(student_MV, targets.tokens_M, targets.weights_M),
         "block_start": lambda: block_start_ce(
-            student_MV, targets.tokens_M, targets.offsets_M, arguments.block_start_tokens
+            student_MV,
+            targets.tokens_M,
+            targets.offsets_M.masked_fill(targets.weights_M == 0, -1),
+            arguments.block_start_tokens,
         ),
         "keep_close": lambda: keep_close(student_MV, branches.trunk, elsewhere_M),
         "kd": lambda: kd_lm(
@@ -89,9 +92,9 @@ def _kd_weights(targets: Targets, arguments: PDTTrainingArguments) -> Tensor:
 
 def _needs_notes(branches: BranchOutputs, arguments: PDTTrainingArguments) -> Tensor:
     """Weights `[M]` of `use`: repeated facts that a visible note can have told, or what true notes help to predict."""
-    if arguments.usage_sensitivity is None:
-        return branches.targets.feasible_M.float()
-    helped_M = branches.silent_ce_M - branches.informed_ce_M > arguments.usage_sensitivity
+    helped_M = branches.targets.feasible_M
+    if arguments.usage_sensitivity is not None:
+        helped_M = branches.silent_ce_M - branches.informed_ce_M > arguments.usage_sensitivity
     return (helped_M & (branches.targets.weights_M > 0)).float()
 
 
@@ -129,12 +132,17 @@ def _head_parts(
         ),
         "cov": lambda: coverage_bce(
             student.coverage_logits,
-            inputs["coverage_targets"],
+            _coverage_targets(branches, inputs),
             inputs["coverage_mask"],
             arguments.coverage_pos_weight,
         ),
         "stream": lambda: stream_ce(student.stream_logits, inputs["stream_ids"].amax(dim=1)),
-        "agree": lambda: agreement_loss(student.agreement_logits, student.agreement_token_logits, inputs),
+        "agree": lambda: agreement_loss(
+            student.agreement_logits,
+            student.agreement_token_logits,
+            inputs,
+            _agreement_labels(branches, inputs, stage, arguments),
+        ),
     }
 
 
@@ -143,16 +151,35 @@ def _by_round(values_RV: Tensor, streams: int) -> Tensor:
     return values_RV.unflatten(0, (-1, streams)).transpose(1, 2)
 
 
-def agreement_loss(logits_RV: Tensor, token_logits_RT: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+def _coverage_targets(branches: BranchOutputs, inputs: Mapping[str, Tensor]) -> Tensor:
+    """No section states another document's items."""
+    targets_RVP = inputs["coverage_targets"]
+    if branches.contrary_BP is None:
+        return targets_RVP
+    streams = len(targets_RVP) // len(branches.contrary_BP)
+    return targets_RVP & ~branches.contrary_BP.repeat_interleave(streams, dim=0)[:, None]
+
+
+def _agreement_labels(
+    branches: BranchOutputs, inputs: Mapping[str, Tensor], stage: Stage, arguments: PDTTrainingArguments
+) -> AgreementLabels:
+    planted = planted_labels(inputs, branches.disputed_RT)
+    if stage.agreement_labels == "readiness":
+        return readiness_labels(inputs, planted)
+    if stage.agreement_labels == "auto":
+        return automatic_labels(inputs, planted, branches.fresh_gain_M, arguments.agreement_margin)
+    return planted
+
+
+def agreement_loss(
+    logits_RV: Tensor, token_logits_RT: Tensor, inputs: Mapping[str, Tensor], labels: AgreementLabels
+) -> Tensor:
     """
-    Judgeable blocks with both classes balanced, all other blocks as agreeing ones with a low weight, and the tokens
-    of judgeable repeated facts: a planted contradiction tells which tokens disagree.
+    Judged blocks with both classes balanced, all other blocks as agreeing ones, and the judged tokens: a contradiction
+    tells which tokens disagree.
     """
-    targets, labelled = readiness_targets(inputs["contradicts"], inputs["judgeable"])
-    others = inputs["block_exists"] & ~inputs["judgeable"]
+    targets, labelled = readiness_targets(labels.refused_RV, labels.judged_RV)
+    others = inputs["block_exists"] & ~labels.judged_RV
     loss = agreement_bce(logits_RV, targets, labelled)
     loss = loss + OTHER_BLOCK_WEIGHT * agreement_bce(logits_RV, torch.ones_like(targets), others)
-    round_RT = inputs["write_round"].clamp(min=0)
-    judged_RT = (inputs["reference"] >= 0) & inputs["judgeable"].gather(1, round_RT)
-    planted_RT = judged_RT & (inputs["labels"] == IGNORE_INDEX)
-    return loss + agreement_bce(token_logits_RT, ~planted_RT, judged_RT)
+    return loss + agreement_bce(token_logits_RT, ~labels.refused_RT, labels.judged_RT)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import enum
+import json
 import re
 import sys
 import types
@@ -38,6 +39,15 @@ _RecipeLoader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Options as `--name value` words; lists give several words, mappings and booleans their JSON form."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(item if isinstance(item, str) else json.dumps(item) for item in values)]
+    return words
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

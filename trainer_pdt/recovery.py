@@ -1,5 +1,6 @@
 """The part of the trainer that survives bad batches, lucky evaluations and runs that are already at their end."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,8 +10,34 @@ from transformers.utils import logging
 from .checkpoints import LastingCheckpointsCallback, Retention, smoothed
 from .curriculum import Curriculum
 from .guard import LossGuard, NamedBatches
+from .sharding import average_gradients, is_trunk_sharded
 
 logger = logging.get_logger(__name__)
+
+
+def check_layout(checkpoint: str, stage: int, processes: int) -> None:
+    """
+    Refuses a checkpoint whose optimizer this run could not read.
+
+    Args:
+        checkpoint (`str`): Its folder.
+        stage (`int`): DeepSpeed's ZeRO stage in this run; 0 = none.
+        processes (`int`): Of this run; only ZeRO shards by them.
+
+    Raises:
+        ValueError: Naming what wrote it.
+    """
+    folder, whole = Path(checkpoint), "one process, DDP or FSDP2"
+    shares = len(list(folder.glob("global_step*/*_optim_states.pt")))
+    # ZeRO-1 writes the files of ZeRO-2.
+    written = 3 if any(folder.glob("global_step*/zero_pp_rank_*_model_states.pt")) else 2
+    found = f"ZeRO-{written} on {shares} processes" if shares else whole
+    run = f"ZeRO-{max(stage, 2)} on {processes} processes" if stage else whole
+    if found != run:
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} was written with {found}, allowed: one of a run with {run}. "
+            "`PDTForParallelDecoding.from_pretrained(folder, is_trainable=True)` begins a new run with its weights."
+        )
 
 
 class RecoverableTrainer(Trainer):
@@ -29,6 +56,8 @@ class RecoverableTrainer(Trainer):
             # `Trainer` itself would delete all but the best at the end.
             raise ValueError("save_total_limit=1, allowed with metric_for_best_model: None or at least 2.")
         super().__init__(**{**kwargs, "data_collator": NamedBatches(kwargs["data_collator"])})
+        if args.log_gradient_norms is not None and is_trunk_sharded(self.accelerator):
+            raise ValueError(f"log_gradient_norms={args.log_gradient_norms}, allowed with ZeRO-3 or FSDP2: none.")
         self.curriculum = curriculum
         self.retention = Retention.of_run(curriculum, args.save_total_limit)
         self.guard = LossGuard() if guard is None else guard
@@ -41,6 +70,8 @@ class RecoverableTrainer(Trainer):
         """Forward and backward of one micro-batch, noted for the guard."""
         documents = inputs["document_ids"]
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.is_fsdp2 and self.accelerator.sync_gradients:
+            average_gradients(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         self.guard.add(loss, documents)
         return loss
 

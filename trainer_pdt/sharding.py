@@ -1,10 +1,13 @@
-"""What DeepSpeed has to do otherwise for a small part that learns inside a large frozen trunk."""
+"""What DeepSpeed and FSDP2 have to do otherwise for a small part that learns inside a large frozen trunk."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import distributed, nn
+
+from modeling_pdt import PDTForParallelDecoding
 
 
 def keep_gathered(engine: Any, parameters: Iterable[nn.Parameter]) -> None:
@@ -61,3 +64,64 @@ def write_through(module: nn.Module) -> None:
         if hasattr(parameter, "ds_id"):
             parameter.partition([parameter], has_been_updated=True)
             parameter.all_gather([parameter])
+
+
+def is_trunk_sharded(accelerator: Accelerator) -> bool:
+    """Whether a backward pass needs all processes, as it does under ZeRO-3 and FSDP2."""
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    return accelerator.is_fsdp2 or (deepspeed is not None and deepspeed.zero_stage == 3)
+
+
+def shard_trunk(model: PDTForParallelDecoding, accelerator: Accelerator) -> None:
+    """
+    FSDP2 for the trunk's decoder layers; what learns, embeddings and head stay whole on every process.
+
+    Whole parameters are ordinary ones: gradient masks, averaged weights, optimizer and checkpoints are those of data
+    parallel training. Their gradients are the caller's business, see [`average_gradients`].
+
+    Args:
+        model (`PDTForParallelDecoding`): On any device; comes to the accelerator's.
+        accelerator (`Accelerator`): With an FSDP plugin.
+
+    Raises:
+        ValueError: For an option of the plugin that would shard, move or wrap more than that.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    plugin = accelerator.state.fsdp_plugin
+    choices = (
+        ("fsdp_version", plugin.fsdp_version, 2),
+        ("cpu_offload", isinstance(plugin.cpu_offload, CPUOffloadPolicy), False),
+        ("cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, False),
+        ("activation_checkpointing", plugin.activation_checkpointing, False),
+    )
+    for name, value, allowed in choices:
+        if value != allowed:
+            raise ValueError(f"{name}={value}, allowed: {allowed}; a field of the launch configuration's fsdp_config.")
+    mesh = distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    layers = model.stack.base_layer.layers
+    sharded = {id(parameter) for parameter in layers.parameters()}
+    whole = {parameter for parameter in model.parameters() if id(parameter) not in sharded}
+    for parameter in whole:
+        parameter.data = parameter.data.to(accelerator.device)
+    for parameter in model.pdt_parameters().values():
+        distributed.broadcast(parameter.data, src=0)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
+    # Without parameters of its own, the root lets layers fetch theirs ahead of time.
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    # Autocast and nothing else: accelerate leaves it out where it prepares a model for FSDP2.
+    accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """
+    Replaces gradients by their mean over all processes.
+
+    Args:
+        parameters (`Iterable[nn.Parameter]`): Whole ones with a gradient, in the same order on every process.
+    """
+    world = distributed.get_world_size()
+    for parameter in parameters:
+        distributed.all_reduce(parameter.grad)
+        parameter.grad /= world

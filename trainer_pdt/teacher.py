@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput, Rollout
 
-from .losses import TopKTeacher, join_teachers, token_ce, top_k_teacher
+from .losses import ChunkedLogits, TopKTeacher, join_teachers, token_ce, top_k_teacher
 
 EMA_FILE = "ema.safetensors"
 """File of a checkpoint with the averaged weights, where the run has an averaged teacher."""
@@ -150,6 +150,37 @@ def digest(
 
 
 @torch.no_grad()
+def digest_live(
+    logits_MV: Tensor | ChunkedLogits, top_k: int, temperatures: Sequence[float], tokens_M: Tensor | None = None
+) -> Prediction:
+    """[`digest`] of the logits of a pass that also learns; they come in parts where they are made so."""
+    if isinstance(logits_MV, Tensor):
+        return digest([logits_MV.detach()], top_k, temperatures, tokens_M)
+    chunks = logits_MV.detach().chunks() if top_k else [logits_MV.whole()]
+    return digest(chunks, top_k, temperatures, tokens_M)
+
+
+def learn(model: nn.Module, positions_RT: Tensor, rows: int, **inputs: Any) -> PDTOutput:
+    """
+    A pass with gradient.
+
+    Args:
+        model (`nn.Module`): The model, possibly wrapped.
+        positions_RT (`BoolTensor` of shape `[rows, tokens]`): Positions that predict a supervised token.
+        rows (`int`): Positions whose logits exist at the same time, see [`ChunkedLogits`]; 0 = all.
+        inputs (`Any`): Of the model's `forward`.
+    """
+    if not rows:
+        return model(**inputs, logits_mask=positions_RT)
+    output = model(**inputs, logits_mask=torch.zeros_like(positions_RT), output_hidden_states=True)
+    hidden_MD, output.hidden_states = output.hidden_states[-1][positions_RT], None
+    head = extract_model_from_parallel(model).get_output_embeddings()
+    # Mixed precision hands states back in float32.
+    output.logits = ChunkedLogits(hidden_MD.to(head.weight.dtype), head, rows)
+    return output
+
+
+@torch.no_grad()
 def predict(
     model: nn.Module,
     positions_RT: Tensor,
@@ -177,4 +208,5 @@ def predict(
     output = model(**inputs, logits_mask=nothing_RT, output_hidden_states=True)
     hidden_MD, output.hidden_states = output.hidden_states[-1][positions_RT], None
     head = extract_model_from_parallel(model).get_output_embeddings()
+    hidden_MD = hidden_MD.to(head.weight.dtype)
     return output, digest((head(part) for part in hidden_MD.split(LOGIT_ROWS)), top_k, temperatures, tokens_M)

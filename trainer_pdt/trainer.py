@@ -24,7 +24,7 @@ from modeling_pdt.hub_layout import copy_code, load_adapter_weights
 from .arguments import PDTTrainingArguments
 from .balance import DistillationBalance
 from .branches import run_branches
-from .callbacks import ReportCallback, StageCallback, is_gate, parameter_group
+from .callbacks import ReportCallback, StageCallback, parameter_group
 from .checkpoints import (
     COMPLETE_FILE,
     check_resumable,
@@ -41,8 +41,10 @@ from .guard import LossGuard
 from .losses import IGNORE_INDEX, LossReport, weighted_total
 from .noise import NoiseDraw, draw_noise
 from .objective import loss_parts
-from .recovery import RecoverableTrainer
-from .sharding import keep_gathered
+from .optimizer import SpectralNormCallback, make_optimizer
+from .recovery import RecoverableTrainer, check_layout
+from .sharding import keep_gathered, shard_trunk
+from .tap_cache import TapCache
 from .teacher import EmaTeacher
 from .telemetry import write_json
 
@@ -86,20 +88,29 @@ class PDTTrainer(RecoverableTrainer):
         if data_collator is None:
             data_collator = PDTDataCollator.from_config(model.config, kwargs["processing_class"])
         data_collator.with_corrupted |= any(stage.data == "corrupted" for stage in curriculum.stages)
+        data_collator.with_variants |= any(stage.needs_variants for stage in curriculum.stages)
         data_collator.with_text_teacher |= args.teacher_kind == "text" and any(
             stage.is_active("kd") for stage in curriculum.stages
         )
         super().__init__(curriculum, guard, model=model, args=args, data_collator=data_collator, **kwargs)
         if self.is_fsdp_enabled:
-            raise ValueError("fsdp is on, allowed: DDP, ZeRO-2 or ZeRO-3; FSDP would drop the masks of frozen groups.")
+            shard_trunk(model, self.accelerator)
+            # Nothing that `Trainer` itself saves, loads or hands to the optimizer is sharded.
+            self.is_fsdp_enabled = False
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.add_callback(StageCallback(curriculum, model))
         self.add_callback(ReportCallback(curriculum, model, self.guard))
+        if model.peft.active_peft_config.spectral_norm is not None:
+            self.add_callback(SpectralNormCallback(model))
         self.ema = EmaTeacher(model, args.teacher_ema_decay) if args.teacher_kind == "ema" else None
         if self.ema is not None:
             self.add_callback(self.ema)
         self.balance = DistillationBalance.of_run(args, curriculum)
+        if self.balance is not None:
+            self.guard.on_refusal.append(self.balance.undo)
+        cache = args.lower_cache_dir
+        self.tap_cache = TapCache(cache, model, str(self.accelerator.mixed_precision)) if cache else None
         self._kept = [part for part in (self.ema, self.balance) if part is not None]
         every = args.log_gradient_norms
         self.gradient_norms = GradientNormLog(args.output_dir, every) if every else None
@@ -119,7 +130,11 @@ class PDTTrainer(RecoverableTrainer):
         view = inputs["corrupted"] if stage.data == "corrupted" else inputs
         generator = self._generator()
         noise = self._draw(view, generator)
-        branches = run_branches(model, view, stage, noise, self.args, self.model.config, generator, self.ema)
+        caches = self.tap_cache is not None and model.training and self.tap_cache.serves(stage)
+        known = {**view, "tap": self.tap_cache.read(view)} if caches else view
+        branches = run_branches(model, known, stage, noise, self.args, self.model.config, generator, self.ema)
+        if caches and known["tap"] is None:
+            self.tap_cache.write(view, branches.student.tap)
         parts = loss_parts(branches, view, stage, self.args)
         weights = self._weights(parts, stage)
         measures = self.gradient_norms is not None and model.training and self.is_world_process_zero()
@@ -137,7 +152,8 @@ class PDTTrainer(RecoverableTrainer):
         if self.balance.is_due(*self._micro):
             named = self.model.pdt_parameters().items()
             learning = [parameter for name, parameter in named if parameter_group(name) in stage.train]
-            self.balance.update(self.accelerator.reduce(self.balance.measure(parts, stage, learning), "mean"))
+            norms = self.accelerator.reduce(self.balance.measure(parts, stage, learning), "mean")
+            self.balance.update(norms, self._micro[0])
         return self.balance.weights(stage)
 
     def _anchor(self) -> Tensor:
@@ -152,8 +168,8 @@ class PDTTrainer(RecoverableTrainer):
 
     def _draw(self, view: Mapping[str, Tensor], generator: torch.Generator) -> NoiseDraw:
         stage = self.curriculum.stage_at(self.state.global_step)
-        documents, (rows, rounds) = view["item_ids"].shape[0], view["block_exists"].shape
-        return draw_noise(stage, documents, rows // documents, rounds, self.model.config.bus_lag, generator)
+        (documents, items), (rows, rounds) = view["item_ids"].shape[:2], view["block_exists"].shape
+        return draw_noise(stage, documents, rows // documents, rounds, self.model.config.bus_lag, generator, items)
 
     def _record(self, report: LossReport) -> None:
         for name, part in report.parts.items():
@@ -172,26 +188,10 @@ class PDTTrainer(RecoverableTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Param groups by component (`pdt_group`), gates apart with their own rate; no decay on vectors and gates."""
+        """See [`make_optimizer`]: `optim`, or `optimizer_cls_and_kwargs`, on param groups by component."""
         if self.optimizer is None:
-            groups: dict[tuple, list[nn.Parameter]] = {}
-            for name, parameter in self.model.pdt_parameters().items():
-                decays = parameter.dim() > 1 and not is_gate(name)
-                groups.setdefault((parameter_group(name), is_gate(name), decays), []).append(parameter)
-            optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            rate = self.args.learning_rate
-            self.optimizer = optimizer_cls(
-                [
-                    {
-                        "params": groups[key],
-                        "pdt_group": key[0],
-                        "lr": rate * self.args.gate_lr_scale if key[1] else rate,
-                        "weight_decay": self.args.weight_decay if key[2] else 0.0,
-                    }
-                    for key in sorted(groups)
-                ],
-                **options,
-            )
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = make_optimizer(*chosen, self.model.pdt_parameters(), self.args)
         return self.optimizer
 
     def create_scheduler(
@@ -364,6 +364,7 @@ class PDTTrainer(RecoverableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_resumable(resume_from_checkpoint, self.args.max_steps)
+        check_layout(resume_from_checkpoint, 0, self.args.world_size)
         self._load_adapter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -373,6 +374,7 @@ class PDTTrainer(RecoverableTrainer):
     def _load_deepspeed(self, folder: str) -> None:
         """Loads what learns, strictly, through DeepSpeed's own files, which hold nothing else."""
         check_resumable(folder, self.args.max_steps)
+        check_layout(folder, self.model_wrapped.zero_optimization_stage(), self.args.world_size)
         file = Path(folder, self.model.config.adapter_subfolder, SAFETENSORS_WEIGHTS_NAME)
         with safe_open(file, framework="pt") as saved:
             differing = set(saved.keys()) ^ set(get_peft_model_state_dict(self.model.peft))

@@ -4,6 +4,7 @@ python -m trainer_pdt.training_report build/demo/model
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ from statistics import mean
 from typing import Any
 
 from .evaluation.page import Section, render_page
-from .evaluation.plots import log_history, plot_learning
+from .evaluation.plots import log_history, plot_gradients, plot_learning
 from .evaluation.report import read_training
-from .evaluation.tables import Table, health_table, measure, mixes_table, to_markdown
+from .evaluation.tables import Table, health_table, mixes_table, to_markdown
+from .evaluation.values import measure
+from .gradient_norms import NAME as NORMS_FILE
 from .telemetry import REPORT_FILE
 
 logger = logging.getLogger(__name__)
@@ -35,17 +38,23 @@ def write_training_report(folder: str | Path) -> Path:
         `Path`: The page.
     """
     folder = Path(folder)
-    training = read_training(folder / REPORT_FILE)
-    stages = [stage for stage in training["stages"] if stage_logs(training, stage)]
-    figures = [plot_learning(training, folder / PLOTS_FOLDER / "all.png")]
+    plots = folder / PLOTS_FOLDER
+    training, norms = read_training(folder / REPORT_FILE), read_gradient_norms(folder)
+    whole = plot_learning(training, plots / "all.png")
     sections = [
-        Section("Run", _shown(stages_table(training), health_of(training)), [path for path in figures if path]),
+        Section("Run", _shown(stages_table(training), health_of(training), gates_table(training)), []),
+        Section("Skipped steps", _shown(skipped_table(training)), []),
+        Section("Curves", [], [whole] if whole else []),
         Section("Held-out documents", _shown(held_out_table(training), mixes_table(last_evaluation(training))), []),
     ]
-    for index, stage in enumerate(stages):
-        logs = {"logs": stage_logs(training, stage)}
-        figure = plot_learning(logs, folder / PLOTS_FOLDER / f"stage_{index + 1}.png")
-        sections.append(Section(f"Stage {stage['name']}", _shown(values_table(training, stage)), [figure]))
+    for index, stage in enumerate(training["stages"], start=1):
+        logs, lines = stage_logs(training, stage), stage_norms(norms, stage)
+        figures = [
+            plot_learning({"logs": logs}, plots / f"stage_{index}.png"),
+            plot_gradients(lines, plots / f"gradients_{index}.png"),
+        ]
+        tables = _shown(values_table(training, stage), gradients_table(lines))
+        sections.append(Section(f"Stage {stage['name']}", tables, [path for path in figures if path]))
     sections = [section for section in sections if section.tables or section.figures]
     command = training["training"].get("command")
     commands = [command] if command else []
@@ -66,6 +75,66 @@ def stage_logs(training: Mapping[str, Any], stage: Mapping[str, Any]) -> list[Ma
         for entry in log_history(training)
         if "loss" in entry and stage["first_step"] < entry["step"] <= stage["last_step"]
     ]
+
+
+def read_gradient_norms(folder: Path) -> list[dict[str, Any]]:
+    """
+    Lines of a run's `gradient_norms_from_*.jsonl`, by step; what a continuation measured again counts once, as it
+    measured it. A last line that was cut off by the end of its process is left out.
+
+    Args:
+        folder (`Path`): Of the run.
+    """
+    pattern = NORMS_FILE.format(step="*")
+    files = sorted(folder.glob(pattern), key=lambda path: int(path.stem.rpartition("_")[2]))
+    lines: dict[int, dict[str, Any]] = {}
+    for path in files:
+        first = int(path.stem.rpartition("_")[2])
+        lines = {step: line for step, line in lines.items() if step < first}
+        # A line without its end was being written when the process died.
+        for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if text.endswith("\n"):
+                line = json.loads(text)
+                lines[line["step"]] = line
+    return [lines[step] for step in sorted(lines)]
+
+
+def stage_norms(lines: Sequence[Mapping[str, Any]], stage: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Lines of gradient norms that a stage wrote; their `step` counts the steps finished before."""
+    return [line for line in lines if stage["first_step"] <= line["step"] < stage["last_step"]]
+
+
+def gradients_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Norm of the gradient of every weighted loss of a stage, and the parameter groups that it reaches."""
+    rows = []
+    for name in dict.fromkeys(name for line in lines for name in line["losses"]):
+        found = [line["losses"][name] for line in lines if name in line["losses"]]
+        norms = [read.mean for entry in found if (read := measure(entry["all"])) is not None]
+        groups = sorted(
+            {group for entry in found for group, norm in entry.items() if norm and group not in ("all", "weight")}
+        )
+        if norms:
+            figures = (found[-1]["weight"], norms[0], norms[-1], mean(norms), max(norms))
+            rows.append([name, *(f"{figure:.4g}" for figure in figures), ", ".join(groups), str(len(norms))])
+    columns = ("loss", "weight", "first", "last", "mean", "largest", "reaches", "lines")
+    note = "Norms of the weighted losses' gradients, of one micro-batch, before clipping." if rows else ""
+    return Table("Gradient norms", columns, rows, note)
+
+
+def gates_table(training: Mapping[str, Any]) -> Table:
+    """Mean gate of every site; 0 shuts notes out, 1 lets them through."""
+    gates = [read.mean for gate in training.get("gates") or [] if (read := measure(gate)) is not None]
+    note = "From the lowest layer up, between 0 (shut) and 1." if gates else ""
+    return Table("Gates", ("site", "mean gate"), [[str(n), f"{gate:.4f}"] for n, gate in enumerate(gates)], note)
+
+
+def skipped_table(training: Mapping[str, Any]) -> Table:
+    """Steps that changed nothing, because their loss or gradient was not finite or far above the usual."""
+    rows = [
+        [str(entry["step"]), str(entry["reason"]), ", ".join(map(str, entry.get("documents") or []))]
+        for entry in training.get("skipped") or []
+    ]
+    return Table("Skipped steps", ("step", "reason", "documents"), rows)
 
 
 def last_evaluation(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,6 +123,11 @@ class ShapedRollout(Rollout):
         """V: rounds that any row of the batch writes."""
         return BLOCKS
 
+    @cached_property
+    def first_reader(self) -> int:
+        """No prompt."""
+        return 0
+
 
 @pytest.fixture(scope="module")
 def gpt_oss() -> PDTForParallelDecoding:

@@ -85,6 +85,9 @@ def test_stages_need_the_length_of_the_run(tmp_path):
         ({"kd_balance_rate": 0.0}, "kd_balance_rate=0.0"),
         ({"kd_balance_every": 0}, "kd_balance_every=0, allowed: an int of at least 1"),
         ({"kd_top_k": -1}, "kd_top_k=-1, allowed: an int of at least 0"),
+        ({"logits_chunk": -1}, "logits_chunk=-1, allowed: an int of at least 0"),
+        ({"skip_limit": -1}, "skip_limit=-1, allowed: an int of at least 0"),
+        ({"spike_factor": 1.0}, "spike_factor=1.0, allowed: a number above 1.0"),
         ({"kd_top_k": 2.5}, "kd_top_k=2.5"),
         ({"block_start_tokens": 0}, "block_start_tokens=0"),
         (

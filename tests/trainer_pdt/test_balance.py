@@ -22,16 +22,16 @@ def test_gradient_norm_by_hand():
 
 def test_update_by_hand():
     balance = DistillationBalance(1.0, 0.1, 1)
-    balance.update(torch.tensor([4.0, 2.0]))
+    balance.update(torch.tensor([4.0, 2.0]), 0)
     assert balance.scale == pytest.approx(0.9)
-    balance.update(torch.tensor([1.0, 2.0]))
+    balance.update(torch.tensor([1.0, 2.0]), 0)
     assert balance.scale == pytest.approx(0.9 * 1.05)
     for unusable in (0.0, float("nan"), float("inf")):
-        balance.update(torch.tensor([unusable, 2.0]))
+        balance.update(torch.tensor([unusable, 2.0]), 0)
     assert balance.scale == pytest.approx(0.9 * 1.05)
     for norms, bound in (((1e9, 1.0), LOWEST), ((1e-9, 1.0), HIGHEST)):
         for _ in range(60):
-            balance.update(torch.tensor(norms))
+            balance.update(torch.tensor(norms), 0)
         assert balance.scale == bound
 
 
@@ -86,3 +86,31 @@ def test_refused_where_it_could_not_act(tmp_path, monkeypatch):
     curriculum = Curriculum((Stage("a", 2, ("snc",), {"lm_ce": 1.0, "kd": 1.0}),))
     with pytest.raises(ValueError, match="allowed with DeepSpeed: none"):
         DistillationBalance.of_run(args, curriculum)
+
+
+def test_only_the_refused_step_is_taken_back():
+    balance = DistillationBalance(1.0, 0.1, 1)
+    balance.update(torch.tensor([4.0, 2.0]), 0)
+    kept = balance.logs()
+    balance.update(torch.tensor([9.0, 2.0]), 1)
+    assert balance.logs() != kept
+    balance.undo(1)
+    assert balance.logs() == kept
+    balance.undo(2)
+    assert balance.logs() == kept == {"kd_scale": pytest.approx(0.9), "kd_ce_gradient_ratio": 2.0}
+
+
+def test_a_skipped_step_leaves_the_balance_as_it_was(tmp_path):
+    trainer = make_trainer(tmp_path, [BOTH], **BALANCED)
+    scales, accepts = [], trainer.guard._reason
+
+    def refuses_third(loss, grad_norm):
+        scales.append(trainer.balance.scale)
+        return "asked for" if len(scales) == 3 else accepts(loss, grad_norm)
+
+    trainer.guard._reason = refuses_third
+    trainer.train()
+    assert [entry["step"] for entry in trainer.guard.skipped] == [3]
+    first, second, third, fourth = scales
+    assert first == second == fourth != third
+    assert trainer.balance.scale == fourth

@@ -1,9 +1,13 @@
 """Teacher-forced measures: names, hand-made cases, zeros where nothing can differ, documents that do not count."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.tiny_training import make_collator, make_features, make_model, make_trainer
+from trainer_pdt.evaluation.bars import HEALTH
 from trainer_pdt.evaluation_pass import BUS_MIXES, TeacherForcedMetrics, _derived, mix_suffix
 from trainer_pdt.losses import IGNORE_INDEX
 
@@ -15,6 +19,7 @@ PLAIN = {
 PER_MIX = {
     *("mask_ablation", "kd_ce_ratio", "rollback_kl", "repair_error_rate", "stability_kl", "stability_error_rate"),
 }
+DOCS = Path(__file__).parents[2] / "docs/metrics.md"
 HEADS = {f"{head}_{kind}" for head in ("coverage", "agreement") for kind in ("precision", "recall", "f1")}
 
 
@@ -57,6 +62,26 @@ def test_names_of_every_mix(model, batch):
     per_mix = {f"{name}{at}" for name in PER_MIX for at in ends}
     always = per_mix | values | {"agreement_accuracy", "redundancy"}
     assert always | {name for name in HEADS if "f1" not in name} <= names <= always | HEADS
+
+
+def defined_names():
+    """Names in the first column of the tables of docs/metrics.md; `_b` behind `x_a` is `x_b`, `*_b` any name."""
+    names = set()
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        found = re.findall("`([^`]+)`", line.split("|")[1]) if line.startswith("| `") else []
+        names |= {found[0].rpartition("_")[0] + name if name.startswith("_") else name for name in found}
+    return names
+
+
+def test_every_measure_is_defined(model, batch):
+    names = {name.partition("_mix_")[0] for name in measured(model, [batch])} | HEADS | {row[0] for row in HEALTH}
+    published = {
+        *("kd_ce_ratio", "mask_ablation", "stability_kl", "rollback_kl", "repair_error_rate"),
+        *("coverage_precision", "coverage_recall", "coverage_f1", "agreement_precision"),
+    }
+    defined = defined_names()
+    assert names >= published
+    assert {name.removesuffix("_ablated") for name in names} <= defined and "*_ablated" in defined
 
 
 def test_measures_agree_with_their_definitions(model, batch):

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny_training import make_features, make_maker, tokenizer, value_pool
 from trainer_pdt.data.publish import documents_to_dataset
 from trainer_pdt.data.worlds import WorldOptions, generate_document, generate_documents
-from trainer_pdt.features import FACT_FORMAT, plant_contradictions, source_of
+from trainer_pdt.features import plant_contradictions, source_of
 from trainer_pdt.render import render_prompt
+from trainer_pdt.variants import FACT_FORMAT
 
 DOCUMENTS = list(generate_documents("train", 0, 40)) + list(generate_documents("train", 0, 10, hard=True))
 

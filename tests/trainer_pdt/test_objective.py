@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tiny_training import make_collator, make_features, make_model
-from trainer_pdt.branches import build_rollout, build_targets
+from modeling_pdt import PDTOutput
+from tests.tiny_training import make_arguments, make_collator, make_features, make_model
+from trainer_pdt.agreement_labels import planted_labels
+from trainer_pdt.branches import BranchOutputs, Targets, build_rollout, build_targets
+from trainer_pdt.curriculum import Stage
 from trainer_pdt.losses import IGNORE_INDEX
-from trainer_pdt.objective import agreement_loss
+from trainer_pdt.objective import OTHER_BLOCK_WEIGHT, agreement_loss, loss_parts
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +25,19 @@ def batch(model):
     return make_collator(model, with_corrupted=True)([features[index] for index in range(4)])
 
 
-def test_agreement_loss_counts_other_blocks_little(batch):
+def test_agreement_loss_counts_other_blocks_as_agreeing(batch):
     view = batch["corrupted"]
     shape = view["judgeable"].shape
     others = view["block_exists"] & ~view["judgeable"]
     right = torch.where(view["contradicts"], -20.0, 20.0)
     planted = (view["labels"] == IGNORE_INDEX) & (view["write_round"] >= 0)
     tokens = torch.where(planted, -20.0, 20.0)
-    assert agreement_loss(right, tokens, view) < 1e-6
+    labels = planted_labels(view)
+    assert agreement_loss(right, tokens, view, labels) < 1e-6
     wrong_elsewhere = right.masked_fill(others, -4.0)
-    assert torch.allclose(agreement_loss(wrong_elsewhere, tokens, view), torch.tensor(0.25 * 4.018), atol=1e-3)
-    assert agreement_loss(torch.zeros(shape), tokens, view) > 0.6
+    loss = agreement_loss(wrong_elsewhere, tokens, view, labels)
+    assert torch.allclose(loss, torch.tensor(OTHER_BLOCK_WEIGHT * 4.018), atol=1e-3)
+    assert agreement_loss(torch.zeros(shape), tokens, view, labels) > 0.6
 
 
 def test_agreement_loss_names_the_tokens_that_disagree(batch):
@@ -42,9 +47,10 @@ def test_agreement_loss_names_the_tokens_that_disagree(batch):
     judged = (view["reference"] >= 0) & view["judgeable"].gather(1, view["write_round"].clamp(min=0))
     assert (planted & judged).any() and (judged & ~planted).any()
     unsure = torch.zeros(planted.shape)
-    assert torch.allclose(agreement_loss(right, unsure, view), torch.tensor(0.6931), atol=1e-3)
+    labels = planted_labels(view)
+    assert torch.allclose(agreement_loss(right, unsure, view, labels), torch.tensor(0.6931), atol=1e-3)
     tokens = unsure.clone().requires_grad_()
-    agreement_loss(right, tokens, view).backward()
+    agreement_loss(right, tokens, view, labels).backward()
     assert torch.equal(tokens.grad != 0, judged)
     assert (tokens.grad[planted & judged] > 0).all() and (tokens.grad[judged & ~planted] < 0).all()
 
@@ -58,3 +64,16 @@ def test_targets_weigh_what_a_note_can_have_told(model, batch):
     assert torch.equal(usual.weights_M, torch.where(usual.feasible_M, 5.0, 1.0))
     swapped = build_targets(batch, rollout, 5.0, torch.ones(12, dtype=torch.bool))
     assert torch.equal(swapped.weights_M, torch.where(usual.sibling_M, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("loss", ["use", "block_start"])
+def test_what_wrong_notes_tell_counts_nowhere(tmp_path, loss):
+    feasible = torch.tensor([True, True, False])
+    targets = Targets(
+        torch.tensor([0, 1, 2]), torch.zeros(3).long(), feasible, feasible, torch.tensor([5.0, 0.0, 1.0])
+    )
+    logits = torch.zeros(3, 4, requires_grad=True)
+    branches = BranchOutputs(PDTOutput(logits=logits), targets, silent_ce_M=torch.zeros(3))
+    inputs = {"input_ids": torch.zeros(1, 1), "item_ids": torch.zeros(1, 1, 1)}
+    loss_parts(branches, inputs, Stage("a", 1, ("snc",), {loss: 1.0}), make_arguments(tmp_path))[loss].backward()
+    assert (logits.grad.abs().sum(dim=1) > 0).tolist() == [True, False, loss == "block_start"]

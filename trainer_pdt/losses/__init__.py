@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .agreement import agreement_bce, balanced_weights, readiness_targets
+from .chunks import ChunkedLogits
 from .language import (
     TopKTeacher,
     block_start_ce,
@@ -89,6 +90,7 @@ def weighted_total(parts: Mapping[str, Tensor], weights: Mapping[str, float]) ->
 
 __all__ = [
     "IGNORE_INDEX",
+    "ChunkedLogits",
     "LossReport",
     "NLIScorer",
     "TopKTeacher",

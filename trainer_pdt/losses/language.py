@@ -1,6 +1,7 @@
 """Losses on next-token predictions: cross-entropy, distillation, staying close to the trunk, starts of blocks.
 
-All of them take what `shift_and_mask` returns: one row of logits per supervised token. Logits are read in float32.
+All of them take what `shift_and_mask` returns: one row of logits per supervised token, or [`ChunkedLogits`] of them.
+Logits are read in float32.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .chunks import ChunkedLogits, by_chunk
 from .reductions import masked_mean, weighted_mean
 
 
@@ -27,6 +29,10 @@ class TopKTeacher:
     log_probs_MC: Tensor
     indices_Mk: Tensor
     temperature: float
+
+    def __getitem__(self, place: slice) -> "TopKTeacher":
+        """The same of some of the tokens."""
+        return TopKTeacher(self.log_probs_MC[place], self.indices_Mk[place], self.temperature)
 
 
 def top_k_teacher(logits_MV: Tensor, k: int, temperature: float = 1.0) -> TopKTeacher:
@@ -52,7 +58,7 @@ def join_teachers(parts: Sequence[TopKTeacher]) -> TopKTeacher:
     return TopKTeacher(log_probs_MC, torch.cat([part.indices_Mk for part in parts]), parts[0].temperature)
 
 
-def token_ce(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+def token_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor) -> Tensor:
     """
     Cross-entropy of every supervised token.
 
@@ -63,10 +69,10 @@ def token_ce(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `[supervised]` in nats.
     """
-    return cross_entropy(logits_MV.float(), targets_M, reduction="none")
+    return by_chunk(_ce, logits_MV, targets_M)
 
 
-def lm_ce(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
+def lm_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor, weights_M: Tensor) -> Tensor:
     """
     Cross-entropy with a weight per token, divided by the sum of the weights. Gradient: the logits.
 
@@ -78,7 +84,7 @@ def lm_ce(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
     return weighted_mean(token_ce(logits_MV, targets_M), weights_M)
 
 
-def token_kl(logits_MV: Tensor, teacher: Tensor | TopKTeacher, temperature: float = 1.0) -> Tensor:
+def token_kl(logits_MV: Tensor | ChunkedLogits, teacher: Tensor | TopKTeacher, temperature: float = 1.0) -> Tensor:
     """
     `temperature ** 2 * KL(teacher || student)` of every supervised token; the teacher gets no gradient.
 
@@ -92,6 +98,14 @@ def token_kl(logits_MV: Tensor, teacher: Tensor | TopKTeacher, temperature: floa
         `Tensor` of shape `[supervised]` in nats.
     """
     _check_temperature(temperature)
+    return by_chunk(_kl, logits_MV, teacher, temperature=temperature)
+
+
+def _ce(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    return cross_entropy(logits_MV.float(), targets_M, reduction="none")
+
+
+def _kl(logits_MV: Tensor, teacher: Tensor | TopKTeacher, temperature: float) -> Tensor:
     if isinstance(teacher, TopKTeacher):
         if teacher.temperature != temperature:
             raise ValueError(f"temperature={temperature} differs from the teacher's, allowed: {teacher.temperature}.")
@@ -105,7 +119,9 @@ def token_kl(logits_MV: Tensor, teacher: Tensor | TopKTeacher, temperature: floa
     return temperature**2 * (target.exp() * (target - student)).sum(dim=-1)
 
 
-def kd_lm(logits_MV: Tensor, teacher: Tensor | TopKTeacher, weights_M: Tensor, temperature: float = 1.0) -> Tensor:
+def kd_lm(
+    logits_MV: Tensor | ChunkedLogits, teacher: Tensor | TopKTeacher, weights_M: Tensor, temperature: float = 1.0
+) -> Tensor:
     """
     Distillation of next-token predictions, `T ** 2 * KL(teacher || student)`. Gradient: the student's logits.
 
@@ -119,7 +135,7 @@ def kd_lm(logits_MV: Tensor, teacher: Tensor | TopKTeacher, weights_M: Tensor, t
     return weighted_mean(token_kl(logits_MV, teacher, temperature), weights_M)
 
 
-def keep_close(logits_MV: Tensor, trunk: Tensor | TopKTeacher, mask_M: Tensor) -> Tensor:
+def keep_close(logits_MV: Tensor | ChunkedLogits, trunk: Tensor | TopKTeacher, mask_M: Tensor) -> Tensor:
     """
     `KL(trunk || model)` on tokens that no sibling decides, so that notes change only what they have to. Gradient: the
     model's logits.
@@ -132,7 +148,7 @@ def keep_close(logits_MV: Tensor, trunk: Tensor | TopKTeacher, mask_M: Tensor) -
     return masked_mean(token_kl(logits_MV, trunk), mask_M)
 
 
-def block_start_ce(logits_MV: Tensor, targets_M: Tensor, offsets_M: Tensor, count: int) -> Tensor:
+def block_start_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor, offsets_M: Tensor, count: int) -> Tensor:
     """
     Cross-entropy of the first `count` tokens of each block, where the window has just changed. Gradient: the logits.
 
@@ -148,9 +164,13 @@ def block_start_ce(logits_MV: Tensor, targets_M: Tensor, offsets_M: Tensor, coun
 
 
 def _bucketed_log_probs(logits_MV: Tensor, indices_Mk: Tensor, temperature: float) -> Tensor:
-    log_probs_MV = torch.log_softmax(logits_MV.float() / temperature, dim=-1)
-    rest_M1 = log_probs_MV.scatter(1, indices_Mk, float("-inf")).logsumexp(dim=-1, keepdim=True)
-    return torch.cat([log_probs_MV.gather(1, indices_Mk), rest_M1], dim=-1)
+    """The full vocabulary is read once, for the rest's bucket; the softmax is over `k + 1` numbers."""
+    logits_MV = logits_MV.float()
+    best_Mk = logits_MV.gather(1, indices_Mk)
+    if temperature != 1.0:
+        best_Mk, logits_MV = best_Mk / temperature, logits_MV / temperature
+    rest_M1 = logits_MV.scatter(1, indices_Mk, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    return torch.log_softmax(torch.cat([best_Mk, rest_M1], dim=-1), dim=-1)
 
 
 def _check_temperature(temperature: float) -> None:

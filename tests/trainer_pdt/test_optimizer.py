@@ -1,0 +1,72 @@
+"""Optimizers of transformers on the groups that stages freeze and free, and the limit on singular values."""
+
+import pytest
+import torch
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
+
+from tests.tiny_training import BUS_STAGE, HEAD_STAGE, make_features, make_model, make_trainer, weights
+from trainer_pdt.callbacks import parameter_group
+from trainer_pdt.curriculum import PARAMETER_GROUPS
+
+STAGES = [{**BUS_STAGE, "until": 2}, HEAD_STAGE]
+BUILT_IN = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+EIGHT_BIT = {"adamw_bnb_8bit": is_bitsandbytes_available, "adamw_torch_8bit": is_torchao_available}
+
+
+def check_stages(trainer):
+    """Two steps of the bus, one of the heads: what learnt changed, and only that."""
+    start, after = weights(trainer.model), {}
+    trainer.train()
+    after = weights(trainer.model)
+    changed = {parameter_group(name) for name in start if not torch.equal(start[name], after[name])}
+    assert changed == set(PARAMETER_GROUPS)
+    assert [entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True] * 3
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_optimizer_follows_the_stages(tmp_path, name):
+    check_stages(make_trainer(tmp_path, STAGES, max_steps=3, optim=name, train_dataset=make_features(8)))
+
+
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_eight_bit_optimizers_train_or_say_what_is_missing(tmp_path, name):
+    trainer = make_trainer(tmp_path, STAGES, max_steps=3, optim=name, train_dataset=make_features(8))
+    if EIGHT_BIT[name]():
+        check_stages(trainer)
+        return
+    with pytest.raises((ImportError, ValueError), match=r"(?i)install"):
+        trainer.train()
+
+
+def test_the_trainers_own_choice_of_a_class_is_used(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.NAdam, {"betas": (0.8, 0.9)})
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, torch.optim.NAdam)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+    assert {group["pdt_group"] for group in optimizer.param_groups} == set(PARAMETER_GROUPS)
+
+
+@pytest.mark.parametrize("option", ["params", "model", "optimizer_dict"])
+def test_an_optimizer_that_chooses_its_parameters_is_refused(tmp_path, monkeypatch, option):
+    trainer = make_trainer(tmp_path, optim=OptimizerNames.GALORE_ADAMW.value)
+    chosen = (torch.optim.AdamW, {"lr": 0.1, option: []})
+    monkeypatch.setattr(trainer, "get_optimizer_cls_and_kwargs", lambda args, model: chosen)
+    with pytest.raises(ValueError, match=f"optim='galore_adamw' brings its own {option}, allowed: one that takes"):
+        trainer.create_optimizer()
+
+
+def test_training_keeps_the_limit_on_singular_values(tmp_path):
+    def largest(model):
+        snc, adapters = model.stack.snc, model.stack.pdt_stream_adapters["default"]
+        matrices = [site.o_proj.weight for site in snc] + [part for module in adapters for part in module.down]
+        return max(float(torch.linalg.svdvals(matrix)[0]) for matrix in matrices)
+
+    found = {}
+    for limit in (None, 1.0):
+        trainer = make_trainer(tmp_path / str(limit), model=make_model(spectral_norm=limit), learning_rate=0.05)
+        trainer.train()
+        found[limit] = largest(trainer.model)
+    assert found[None] > 1.1
+    assert found[1.0] <= 1.01

@@ -1,0 +1,81 @@
+"""The optimizer of a run: any of `transformers` that takes param groups, on the groups that stages turn on and off."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from modeling_pdt import PDTForParallelDecoding
+
+from .arguments import PDTTrainingArguments
+from .callbacks import is_gate, parameter_group
+from .sharding import write_through
+
+OWN_PARAMETERS = ("params", "model", "optimizer_dict")
+"""Options with which some optimizers of `transformers` bring parameters of their own choice."""
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], args: PDTTrainingArguments) -> list[dict[str, Any]]:
+    """
+    Param groups by component (`pdt_group`), gates apart with their own rate; no decay on vectors and gates.
+
+    Args:
+        parameters (`Mapping[str, nn.Parameter]`): PDT parameters by name.
+        args ([`PDTTrainingArguments`]): Rates and decay.
+    """
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decays = parameter.dim() > 1 and not is_gate(name)
+        groups.setdefault((parameter_group(name), is_gate(name), decays), []).append(parameter)
+    return [
+        {
+            "params": groups[key],
+            "pdt_group": key[0],
+            "lr": args.learning_rate * (args.gate_lr_scale if key[1] else 1.0),
+            "weight_decay": args.weight_decay if key[2] else 0.0,
+        }
+        for key in sorted(groups)
+    ]
+
+
+def make_optimizer(
+    cls: type[torch.optim.Optimizer],
+    options: Mapping[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+    args: PDTTrainingArguments,
+) -> torch.optim.Optimizer:
+    """
+    Args:
+        cls (`type`), options (`Mapping[str, Any]`): From `Trainer.get_optimizer_cls_and_kwargs`.
+        parameters (`Mapping[str, nn.Parameter]`), args ([`PDTTrainingArguments`]): See [`parameter_groups`].
+
+    Raises:
+        ValueError: For an optimizer that chooses its parameters itself: stages could not freeze them.
+    """
+    own = [name for name in OWN_PARAMETERS if name in options]
+    if own:
+        raise ValueError(f"optim={args.optim.value!r} brings its own {own[0]}, allowed: one that takes param groups.")
+    return cls(parameter_groups(parameters, args), **options)
+
+
+class SpectralNormCallback(TrainerCallback):
+    """
+    Keeps the adapter's `spectral_norm` after every optimizer step.
+
+    Args:
+        model (`PDTForParallelDecoding`): The unwrapped model in training.
+    """
+
+    def __init__(self, model: PDTForParallelDecoding) -> None:
+        self.model = model
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Scales down what the step has made too large."""
+        stack = self.model.stack
+        stack.limit_spectral_norm(stack.active)
+        for part in (stack.snc, stack.pdt_stream_adapters[stack.active], stack.heads.agreement.reader):
+            write_through(part)
