@@ -159,6 +159,7 @@ def summary_of(evaluation: Mapping[str, Any]) -> list[str]:
     ]
     facts = [
         ("{} held-out documents", _documents(settings.get("documents"))),
+        ("{} times as many for the controls with a bar", settings.get("control_factor")),
         ("sampling at temperature {}", settings.get("temperature")),
         ("one training seed ({})", training.get("seed")),
         ("{} training steps", training.get("steps")),
