@@ -319,7 +319,7 @@ class PDTForParallelDecoding(PreTrainedModel):
         if planner_mask is not None:
             output.planner_logits = self.stack.heads.planner(tap.hidden.detach(), planner_mask.bool())
         if heads_only:
-            return output
+            return self._anchored(output)
         collect = [] if output_hidden_states else None
         hidden = self.stack.upper(tap, note_states, stream_ids, collect)
         if torch.is_grad_enabled():
@@ -356,6 +356,14 @@ class PDTForParallelDecoding(PreTrainedModel):
         if not trainable:
             return torch.zeros(())
         return 0.0 * torch.stack([p.sum() for p in trainable]).sum()
+
+    def _anchored(self, output: PDTOutput) -> PDTOutput:
+        """The output of heads alone, with the anchor in its first tensor; parallel training looks for it there."""
+        if torch.is_grad_enabled():
+            name = next((name for name, value in output.items() if torch.is_tensor(value)), None)
+            if name is not None:
+                output[name] = output[name] + self._anchor().to(output[name])
+        return output
 
     @torch.no_grad()
     def generate(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> ParallelGenerateOutput | torch.Tensor:

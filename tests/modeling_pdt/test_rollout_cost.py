@@ -62,3 +62,18 @@ def test_snc_skips_tokens_before_the_first_reader():
     ]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_alone_say_the_same_and_reach_every_parameter(model, make_rollout, monkeypatch):
+    """DDP waits for the gradient of every parameter that it has seen in the output."""
+    batch = make_rollout(items=4)
+    rollout = replace(batch.rollout, wants_coverage=True, wants_agreement=True)
+    whole = model(**{**batch.inputs, "rollout": rollout})
+    monkeypatch.setattr(model.stack, "upper", None)
+    heads = model(**{**batch.inputs, "rollout": rollout}, heads_only=True)
+    assert heads.logits is None and heads.loss is None
+    for name in ("speculation", "coverage_logits", "agreement_logits", "agreement_token_logits"):
+        assert torch.equal(heads[name], whole[name])
+    total = sum(value.sum() for value in heads.values() if torch.is_tensor(value))
+    gradients = torch.autograd.grad(total, list(model.pdt_parameters().values()), allow_unused=True)
+    assert all(gradient is not None for gradient in gradients)
