@@ -147,6 +147,7 @@ def write_and_read(folder, start):
             cache.write(batch, model.stack.lower(**{name: batch[name] for name in names}))
 
 
+@pytest.mark.multi
 def test_two_processes_share_a_folder(tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=write_and_read, args=(tmp_path, start)) for start in (0, 1)]

@@ -58,6 +58,7 @@ def test_no_token_is_no_error():
     assert token_kl(logits, torch.zeros(0, VOCABULARY)).shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [0, 8])
 def test_a_run_takes_the_same_course(tmp_path, top_k):
     stage = {**BUS_STAGE, "train": [*BUS_STAGE["train"], "planner"], "losses": {**ALL, "planner": 0.1}}
