@@ -170,6 +170,13 @@ def test_a_mode_is_written_once_with_the_gate_off(evaluation, short):
     assert short[-1]["agreement_threshold"] == 0.3
 
 
+def test_controls_with_a_bar_on_an_intervals_end_get_more_documents(evaluation, short):
+    assert evaluation.arguments.control_factor == 2
+    for mode, documents in (("zero_notes", 46), ("self_only", 23)):
+        evaluation.write(mode, interventions=PARALLEL_MODES[mode]())
+        assert len(evaluation.counts[mode]) == len(evaluation.written[mode].texts) == documents
+
+
 def test_every_section_of_an_untrained_model_is_plain_json(evaluation, short):
     """Recall is left without a number where nothing was repeated; bars are checked on what there is."""
     evaluation.documents = [d for d in evaluation.documents if d.domain == evaluation.documents[-1].domain][-3:]
