@@ -14,7 +14,7 @@ from .heads import PDTHeads
 from .note_states import NoteStates
 from .snc import SharedNotesCrossAttention, StreamAdapter
 from .spectral_norm import limit_spectral_norm
-from .trunk_split import TapState, run_lower, run_upper
+from .trunk_split import TapState, run_lower, run_upper, share_prefix
 
 
 class PDTStack(nn.Module, BaseTunerLayer):
@@ -166,6 +166,10 @@ class PDTStack(nn.Module, BaseTunerLayer):
         """[`run_lower`] up to the first instrumented layer."""
         return run_lower(self.base_layer, self.split, **inputs)
 
+    def share_prefix(self, tap: TapState, columns: int, attention_mask: torch.Tensor) -> TapState:
+        """See [`share_prefix`]."""
+        return share_prefix(self.base_layer, tap, columns, attention_mask)
+
     def upper(
         self,
         tap: TapState,
@@ -174,7 +178,8 @@ class PDTStack(nn.Module, BaseTunerLayer):
         collect: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
-        The upper half, conditioned.
+        The upper half, conditioned. A prefix that the tap knows is not computed again, unless something conditions it
+        or `collect` wants its states.
 
         Args:
             tap (`TapState`): From [`lower`].
@@ -183,6 +188,13 @@ class PDTStack(nn.Module, BaseTunerLayer):
                 no stream adapter.
             collect (`list`, *optional*): Receives the input of every upper layer.
         """
+        if tap.prefix is not None and collect is None:
+            columns = tap.prefix.output.shape[1]
+            bare = self.disable_adapters or (note_states is None and stream_ids is None)
+            if bare or (note_states is not None and note_states.first_reader >= columns):
+                notes = None if bare else note_states.after(columns)
+                streams = None if bare or stream_ids is None else stream_ids[:, columns:]
+                return torch.cat([tap.prefix.output, self.upper(tap.prefix.rest, notes, streams)], dim=1)
         if self.disable_adapters:
             return run_upper(self.base_layer, tap, collect=collect)
         config = self.pdt_configs[self.active]

@@ -320,10 +320,13 @@ class PDTForParallelDecoding(PreTrainedModel):
             output.planner_logits = self.stack.heads.planner(tap.hidden.detach(), planner_mask.bool())
         if heads_only:
             return self._anchored(output)
+        if rollout is not None and tap.prefix is None and tap.cache is None and torch.is_tensor(attention_mask):
+            tap = output.tap = self.stack.share_prefix(tap, note_states.first_reader, attention_mask)
         collect = [] if output_hidden_states else None
         hidden = self.stack.upper(tap, note_states, stream_ids, collect)
         if torch.is_grad_enabled():
             hidden = hidden + self._anchor().to(hidden)
+        output.last_hidden_state = hidden
         output.hidden_states = (*collect, hidden) if output_hidden_states else None
         output.logits = self.get_output_embeddings()(hidden if logits_mask is None else hidden[logits_mask])
         if labels is not None:

@@ -19,8 +19,8 @@ class NoteStates:
         gate_scale (`float` or `torch.Tensor` of shape `[R]`, *optional*, defaults to 1.0): Multiplies the gate.
         biases (`tuple[torch.Tensor]`, *optional*): Per site, the mask as [`SharedNotesCrossAttention.bias`] makes it,
             for a window that many forwards read. Empty: made in every forward.
-        first_reader (`int`, *optional*, defaults to 0): No row reads anything at the tokens before this one, as in a
-            prompt; with a mask `[R, T, W]` only.
+        first_reader (`int`, *optional*, defaults to 0): No row reads anything, nor has a stream, at the tokens before
+            this one, as in a prompt; with a mask `[R, T, W]` only.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -30,6 +30,12 @@ class NoteStates:
     gate_scale: float | torch.Tensor = 1.0
     biases: tuple[torch.Tensor, ...] = ()
     first_reader: int = 0
+
+    def after(self, columns: int) -> "NoteStates":
+        """The states for rows without their first `columns`, at most `first_reader`, tokens."""
+        if columns > self.first_reader or self.biases:
+            raise ValueError(f"columns must be <= first_reader={self.first_reader}, without biases, got {columns}.")
+        return replace(self, mask=self.mask[:, columns:], first_reader=self.first_reader - columns)
 
     def select_rows(self, rows: torch.Tensor) -> "NoteStates":
         """The states of `rows` only; requires one window per row."""

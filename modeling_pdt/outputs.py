@@ -32,6 +32,7 @@ class PDTOutput(ModelOutput):
         stream_logits (`torch.Tensor` of shape `[R, S]`): Which stream wrote the row.
         past_key_values (`Cache`): The cache given, updated.
         hidden_states (`tuple[torch.Tensor]`): Inputs of the upper layers and the final state.
+        last_hidden_state (`torch.Tensor` of shape `[R, T, D]`): What the language-model head reads.
         tap (`TapState`): The trunk between its halves, to be passed to a second forward over the same rows.
     """
 
@@ -46,6 +47,7 @@ class PDTOutput(ModelOutput):
     stream_logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
     tap: TapState | None = None
 
 

@@ -85,10 +85,12 @@ class Rollout:
         """V: rounds that any row of the batch writes."""
         return max(1, int(self.write_round_RT.max()) + 1)
 
-    @property
-    def first_reader(self) -> int:
-        """Column of the first token, of any row, that reads notes; 0 if there is none."""
-        return int((self.read_round_RT >= 0).any(dim=0).int().argmax())
+    def first_reader(self, stream_ids: torch.Tensor | None = None) -> int:
+        """Column of the first token, of any row, that reads notes or has a stream `[R, T]`; 0 if there is none."""
+        conditioned = self.read_round_RT >= 0
+        if stream_ids is not None:
+            conditioned = conditioned | (stream_ids >= 0)
+        return int(conditioned.any(dim=0).int().argmax())
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def run_bus(stack: PDTStack, tap: TapState, rollout: Rollout, gate_scale: float 
         plan,
         plan_mask,
     )
-    note_states = replace(stack.project_notes(notes, mask, gate_scale), first_reader=rollout.first_reader)
+    note_states = stack.project_notes(notes, mask, gate_scale)
     return BusRollout(note_states, written, teacher, published, on_bus, plan, plan_mask)
 
 
@@ -317,4 +319,4 @@ def run_rollout(
         )
     if stream_ids is not None:
         output.stream_logits = stack.heads.stream(tap.hidden.detach(), rollout.write_round_RT >= 0)
-    return bus.note_states
+    return replace(bus.note_states, first_reader=rollout.first_reader(stream_ids))

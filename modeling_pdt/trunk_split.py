@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,6 +35,7 @@ class TapState:
         cache (`Cache`, *optional*): Cache whose lower layers have been updated.
         split (`int`): Index of the first upper layer.
         layer_kwargs (`dict`): Further keyword arguments for every decoder layer.
+        prefix ([`Prefix`], *optional*): What further passes over the same rows need not compute.
     """
 
     hidden: torch.Tensor
@@ -43,10 +45,51 @@ class TapState:
     cache: Cache | None
     split: int
     layer_kwargs: dict[str, Any]
+    prefix: "Prefix | None" = None
 
     def detach(self) -> "TapState":
         """The same state outside any graph."""
-        return replace(self, hidden=self.hidden.detach())
+        prefix = None if self.prefix is None else replace(self.prefix, rest=self.prefix.rest.detach())
+        return replace(self, hidden=self.hidden.detach(), prefix=prefix)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """
+    The first columns of rows after the bare trunk's upper half: nothing conditions them, so they are the same in every
+    pass.
+
+    Args:
+        output (`torch.Tensor` of shape `[R, P, D]`): What the language-model head reads there; without gradient.
+        rest (`TapState`): The tap of the other columns, whose upper layers read the keys and values of these.
+    """
+
+    output: torch.Tensor
+    rest: TapState
+
+
+class PrefixLayer(DynamicLayer):
+    """One layer's keys and values of a prefix: the first update writes them, later ones read them and keep nothing."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What tokens with these states `[R, H, T, head_dim]` attend to."""
+        if not self.is_initialized:
+            return super().update(key_states, value_states)
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class PrefixCache(Cache):
+    """
+    Keys and values of a prefix. A layer that is recomputed for gradient checkpointing reads them a second time.
+
+    Args:
+        num_layers (`int`): Layers of the trunk.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[PrefixLayer() for _ in range(num_layers)])
 
 
 def layer_types(config: Any) -> list[str]:
@@ -140,23 +183,29 @@ def run_parts(
     """
     if not (layer.gradient_checkpointing and layer.training):
         return mlp_part(layer, act(attention_part(layer, hidden, **arguments)))
-    # A recomputed attention would append to the cache a second time; the trunk's own layers drop it likewise.
-    arguments.update(past_key_values=None, use_cache=False)
+    if not layer._can_checkpoint_with_cache:
+        # A recomputed attention would append to the cache a second time; the trunk's own layers drop it likewise.
+        arguments.update(past_key_values=None, use_cache=False)
     checkpoint = layer._gradient_checkpointing_func
     return checkpoint(partial(mlp_part, layer), act(checkpoint(partial(attention_part, layer, **arguments), hidden)))
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Calls of `module` run `forward`, within the module's own hooks, as units of FSDP need it."""
-    own = vars(module).get("forward")
-    module.forward = forward
+def replaced(module: nn.Module, **values: Any) -> Iterator[None]:
+    """
+    Attributes of `module` have these values inside: a `forward` runs within the module's own hooks, as units of FSDP
+    need it.
+    """
+    own = {name: vars(module)[name] for name in values if name in vars(module)}
+    for name, value in values.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+        for name in values:
+            delattr(module, name)
+        for name, value in own.items():
+            setattr(module, name, value)
 
 
 def run_layer(
@@ -167,19 +216,18 @@ def run_layer(
     act: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Decoder layer `index` of the trunk on `hidden` `[R, T, D]`, with `act` between its attention and its MLP."""
-    layer = stack.layers[index]
+    layer, reads = stack.layers[index], isinstance(state.cache, PrefixCache)
     call = partial(
         layer,
         attention_mask=state.masks[layer_types(stack.config)[index]],
         position_embeddings=state.position_embeddings,
         position_ids=state.position_ids,
         past_key_values=state.cache,
-        use_cache=state.cache is not None,
+        use_cache=state.cache is not None and not reads,
         **state.layer_kwargs,
     )
-    if act is None:
-        return call(hidden)
-    with replaced_forward(layer, partial(run_parts, layer, act=act)):
+    changes: dict[str, Any] = {} if act is None else {"forward": partial(run_parts, layer, act=act)}
+    with replaced(layer, **changes, **({"_can_checkpoint_with_cache": True} if reads else {})):
         return call(hidden)
 
 
@@ -261,6 +309,29 @@ def rewind_tap(
     masks = make_masks(stack, kinds, hidden, attention_mask, position_ids, upper)
     embeddings = stack.rotary_emb(hidden, position_ids)
     return replace(tap, hidden=hidden, position_ids=position_ids, position_embeddings=embeddings, masks=masks)
+
+
+def share_prefix(stack: nn.Module, tap: TapState, columns: int, attention_mask: torch.Tensor) -> TapState:
+    """
+    Runs the bare trunk's upper half over the first columns, once for all passes over these rows.
+
+    Every layer is called once, whatever the rows: processes that share layers stay in step.
+
+    Args:
+        stack (`nn.Module`): The trunk's decoder stack.
+        tap (`TapState`): From [`run_lower`], without a cache, of at least two columns.
+        columns (`int`): Columns that nothing conditions; at least 1 and at most T - 1 are taken.
+        attention_mask (`torch.Tensor` of shape `[R, T]`): 1 for real tokens.
+    """
+    columns = min(max(columns, 1), tap.hidden.shape[1] - 1)
+    parts = [
+        (tap.hidden[:, part], attention_mask[:, : part.stop], tap.position_ids[:, part])
+        for part in (slice(columns), slice(columns, None))
+    ]
+    empty = replace(tap, cache=PrefixCache(len(stack.layers)))
+    with torch.no_grad():
+        output = run_upper(stack, rewind_tap(stack, empty, *parts[0]))
+    return replace(tap, prefix=Prefix(output, rewind_tap(stack, empty, *parts[1])))
 
 
 def run_upper(

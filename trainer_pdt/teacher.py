@@ -172,8 +172,8 @@ def learn(model: nn.Module, positions_RT: Tensor, rows: int, **inputs: Any) -> P
     """
     if not rows:
         return model(**inputs, logits_mask=positions_RT)
-    output = model(**inputs, logits_mask=torch.zeros_like(positions_RT), output_hidden_states=True)
-    hidden_MD, output.hidden_states = output.hidden_states[-1][positions_RT], None
+    output = model(**inputs, logits_mask=torch.zeros_like(positions_RT))
+    hidden_MD, output.last_hidden_state = output.last_hidden_state[positions_RT], None
     head = extract_model_from_parallel(model).get_output_embeddings()
     # Mixed precision hands states back in float32.
     output.logits = ChunkedLogits(hidden_MD.to(head.weight.dtype), head, rows)
@@ -205,8 +205,8 @@ def predict(
     if temperatures and not top_k:
         output = model(**inputs, logits_mask=positions_RT)
         return output, digest([output.logits], 0, temperatures, tokens_M)
-    output = model(**inputs, logits_mask=nothing_RT, output_hidden_states=True)
-    hidden_MD, output.hidden_states = output.hidden_states[-1][positions_RT], None
+    output = model(**inputs, logits_mask=nothing_RT)
+    hidden_MD, output.last_hidden_state = output.last_hidden_state[positions_RT], None
     head = extract_model_from_parallel(model).get_output_embeddings()
     hidden_MD = hidden_MD.to(head.weight.dtype)
     return output, digest((head(part) for part in hidden_MD.split(LOGIT_ROWS)), top_k, temperatures, tokens_M)

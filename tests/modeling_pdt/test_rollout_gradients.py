@@ -88,7 +88,8 @@ def test_checkpointing_recomputes(make_model, make_rollout, placement):
         part.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
     losses(model, batch).backward()
     counts = [calls.count(name) for name in ("LlamaAttention", "LlamaMLP", "SharedNotesCrossAttention")]
-    assert counts == [2, 2, 1]
+    # The prefix, the columns after it, and these once more in the backward pass.
+    assert counts == [3, 3, 1]
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama", "qwen3"])

@@ -123,8 +123,7 @@ class ShapedRollout(Rollout):
         """V: rounds that any row of the batch writes."""
         return BLOCKS
 
-    @cached_property
-    def first_reader(self) -> int:
+    def first_reader(self, stream_ids: torch.Tensor | None = None) -> int:
         """No prompt."""
         return 0
 
