@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from modeling_pdt.adapter_layer import PDTStack
 from tests.tiny_training import make_arguments, make_collator, make_features, make_model
 from trainer_pdt.branches import (
     build_rollout,
@@ -92,6 +93,22 @@ def branches_of(model, batch, stage, tmp_path, ema=None, config=None, **argument
     generator = torch.Generator().manual_seed(3)
     noise = draw_noise(stage, 4, 3, batch["block_exists"].shape[1], 1, generator)
     return run_branches(model, batch, stage, noise, arguments, config or model.config, generator, ema), arguments
+
+
+def test_a_shared_prefix_changes_no_loss_and_no_gradient(model, batch, ema, tmp_path, monkeypatch):
+    every = stage([loss for loss in LOSS_NAMES if loss != "nli"])
+    results = []
+    for skips_prompts in (True, False):
+        if not skips_prompts:
+            monkeypatch.setattr(PDTStack, "share_prefix", lambda stack, tap, columns, mask: tap)
+        branches, arguments = branches_of(model, batch["corrupted"], every, tmp_path, ema, teacher_kind="ema")
+        assert (branches.student.tap.prefix is not None) is skips_prompts
+        model.zero_grad()
+        report = weighted_total(loss_parts(branches, batch["corrupted"], every, arguments), every.losses)
+        report.total.backward()
+        results.append([report.total.detach(), *(p.grad.clone() for p in model.pdt_parameters().values())])
+    for shared, whole in zip(*results, strict=True):
+        torch.testing.assert_close(shared, whole, atol=1e-6 * float(whole.abs().max()) + 1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSS_NAMES)

@@ -1,0 +1,143 @@
+"""Columns that nothing conditions pass the upper half once per step: same losses, same gradients, fewer tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from modeling_pdt import PDTForParallelDecoding
+from modeling_pdt.note_states import NoteStates
+
+LOSSES = {"atol": 1e-6, "rtol": 1e-6}
+PROMPT = 7
+
+
+def pad_left(batch, columns: int = 3):
+    """The batch with its rows at the right edge and, in all of them, `columns` of padding before the first."""
+
+    def move(values_RT: torch.Tensor, filler: int) -> torch.Tensor:
+        values_RT = torch.nn.functional.pad(values_RT, (columns, 0), value=filler)
+        rows = [
+            row.roll(int((mask == 0).sum()))
+            for row, mask in zip(values_RT, batch.inputs["attention_mask"], strict=True)
+        ]
+        return torch.stack(rows)
+
+    rollout = batch.rollout
+    rollout = replace(
+        rollout, write_round_RT=move(rollout.write_round_RT, -1), read_round_RT=move(rollout.read_round_RT, -1)
+    )
+    batch.labels = move(batch.labels, -100)
+    fillers = {"input_ids": 0, "stream_ids": -1, "attention_mask": 0}
+    batch.inputs = {name: move(batch.inputs[name], filler) for name, filler in fillers.items()} | {"rollout": rollout}
+    batch.rollout = rollout
+    return batch
+
+
+def step(model, batch, shares: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    Losses and gradients of a step: a student, a teacher and the trunk without gradient, a pass that learns with
+    another lag. States of all layers are wanted where no prefix is to be shared.
+    """
+    model.zero_grad(set_to_none=True)
+    wanted = {"labels": batch.labels, "output_hidden_states": not shares}
+    student = model(**batch.inputs, **wanted)
+    same = {"tap": student.tap.detach(), "stream_ids": batch.inputs["stream_ids"], **wanted}
+    with torch.no_grad():
+        silent = model(**same, rollout=replace(batch.rollout, keep_RV=torch.zeros(6, 4, dtype=torch.bool))).loss
+        trunk = model(tap=student.tap, **wanted).loss
+    older = model(**same, rollout=replace(batch.rollout, lag_R1=batch.rollout.lag_R1 + 1)).loss
+    (student.loss + 0.5 * older).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.pdt_parameters().items()}
+    return [student.loss.detach(), silent, trunk, older.detach()], gradients
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("placement", ["between", "after_attention"])
+@pytest.mark.parametrize("name", ["gpt_oss", "llama", "qwen3"])
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
+def test_losses_and_gradients_are_those_of_whole_rows(make_model, make_rollout, name, placement, side, checkpointing):
+    model = make_model(name, trained=True, snc_placement=placement).train()
+    batch = make_rollout(prompt=PROMPT, items=4)
+    batch = pad_left(batch) if side == "left" else batch
+    expected_losses, expected = step(model, batch, shares=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    losses, gradients = step(model, batch, shares=True)
+    for one, other in zip(losses, expected_losses, strict=True):
+        torch.testing.assert_close(one, other, **LOSSES)
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+    for key, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(gradients[key], gradient, atol=max(1e-6 * scale, 1e-7), rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_rows_without_padding_need_no_mask_of_their_own(make_trunk, make_rollout, randomize, implementation):
+    # Without padding the trunk makes no mask and relies on causal attention, which is another thing after a prefix.
+    trunk = make_trunk("llama", attn_implementation=implementation)
+    model = randomize(PDTForParallelDecoding.from_trunk(trunk, notes_dim=16, block_size=4))
+    batch = make_rollout(streams=1, documents=6, prompt=PROMPT, lengths=[12, 11, 10, 12, 11, 10])
+    batch.inputs["attention_mask"] = torch.ones_like(batch.inputs["attention_mask"])
+    whole = model(**batch.inputs, output_hidden_states=True).logits
+    torch.testing.assert_close(model(**batch.inputs).logits, whole, atol=1e-5, rtol=1e-5)
+
+
+def lengths(model) -> list[int]:
+    """Numbers of tokens of the calls of the trunk's last layer."""
+    seen, layer = [], model.stack.layers[-1]
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    return seen
+
+
+@torch.no_grad()
+def test_passes_after_the_first_run_the_other_columns_only(model, make_rollout):
+    batch, seen = make_rollout(prompt=PROMPT), lengths(model)
+    tokens = batch.ids.shape[1]
+    first = model(**batch.inputs)
+    same = {"tap": first.tap, "stream_ids": batch.inputs["stream_ids"], "rollout": batch.rollout}
+    again = model(**same)
+    assert seen == [PROMPT - 1, tokens - PROMPT + 1, tokens - PROMPT + 1]
+    assert torch.equal(again.logits, first.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", [1, 2, PROMPT])
+def test_calls_of_layers_do_not_depend_on_the_rows(model, make_rollout, prompt):
+    batch, seen = make_rollout(prompt=prompt), lengths(model)
+    shared = model(**batch.inputs)
+    assert len(seen) == 2
+    whole = model(**batch.inputs, output_hidden_states=True)
+    torch.testing.assert_close(shared.logits, whole.logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_conditioned_prompt_is_not_skipped(model, make_rollout):
+    batch = make_rollout(prompt=PROMPT)
+    tap = model(**batch.inputs).tap
+    assert tap.prefix is not None
+    bare = replace(tap, prefix=None)
+    everywhere = torch.arange(6) % 3
+    window = {"notes": torch.randn(6, 5, 16)}
+    for inputs in ({"stream_ids": everywhere}, window, {"stream_ids": everywhere, "rollout": batch.rollout}):
+        assert torch.equal(model(tap=tap, **inputs).logits, model(tap=bare, **inputs).logits)
+
+
+@torch.no_grad()
+def test_a_cache_and_ready_masks_leave_rows_whole(model, make_rollout):
+    batch = make_rollout(prompt=PROMPT)
+    cache = DynamicCache(config=model.trunk.config)
+    assert model(**batch.inputs, past_key_values=cache).tap.prefix is None
+    assert cache.get_seq_length(3) == batch.ids.shape[1]
+    tap = model(**batch.inputs).tap
+    ready = {**batch.inputs, "attention_mask": tap.masks, "position_ids": tap.position_ids}
+    assert model(**ready).tap.prefix is None
+
+
+def test_only_columns_before_the_first_reader_can_be_left_out():
+    part = torch.zeros(2, 1, 4, 8)
+    states = NoteStates((part,), (part,), torch.ones(2, 6, 3, dtype=torch.bool), first_reader=4)
+    assert states.after(3).mask.shape == (2, 3, 3) and states.after(3).first_reader == 1
+    with pytest.raises(ValueError, match="columns must be <= first_reader=4"):
+        states.after(5)
