@@ -320,8 +320,7 @@ class PDTForParallelDecoding(PreTrainedModel):
             output.planner_logits = self.stack.heads.planner(tap.hidden.detach(), planner_mask.bool())
         if heads_only:
             return self._anchored(output)
-        if rollout is not None and tap.prefix is None and tap.cache is None and torch.is_tensor(attention_mask):
-            tap = output.tap = self.stack.share_prefix(tap, note_states.first_reader, attention_mask)
+        tap = output.tap = self._share_prefix(tap, rollout, note_states, attention_mask)
         collect = [] if output_hidden_states else None
         hidden = self.stack.upper(tap, note_states, stream_ids, collect)
         if torch.is_grad_enabled():
@@ -352,6 +351,19 @@ class PDTForParallelDecoding(PreTrainedModel):
             past_key_values=past_key_values,
             layer_kwargs=layer_kwargs,
         )
+
+    def _share_prefix(
+        self,
+        tap: TapState,
+        rollout: Rollout | None,
+        note_states: NoteStates | None,
+        attention_mask: torch.Tensor | dict | None,
+    ) -> TapState:
+        """What a rollout conditions nowhere, run once; not where a cache or ready masks leave no other choice."""
+        plain = torch.is_tensor(attention_mask) and attention_mask.dim() == 2 and tap.hidden.shape[1] > 1
+        if rollout is None or tap.prefix is not None or tap.cache is not None or not plain:
+            return tap
+        return self.stack.share_prefix(tap, note_states.first_reader, attention_mask)
 
     def _anchor(self) -> torch.Tensor:
         """Zero, with every trainable parameter in its graph: no step leaves one without a gradient."""
