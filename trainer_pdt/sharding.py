@@ -12,13 +12,14 @@ from modeling_pdt import PDTForParallelDecoding
 
 def keep_gathered(engine: Any, parameters: Iterable[nn.Parameter]) -> None:
     """
-    Keeps what learns whole on every process under ZeRO-3; the trunk, its gradients and optimizer states stay sharded.
+    Keeps parameters whole on every process under ZeRO-3; the other ones, gradients and optimizer states stay sharded.
 
-    PDT's parameters are also used outside their own module's `forward`, where ZeRO-3 does not gather them.
+    PDT's parameters are also used outside their own module's `forward`, where ZeRO-3 does not gather them; the
+    language-model head runs as often as a process has chunks of logits, and gathering needs all processes each time.
 
     Args:
         engine (`deepspeed.DeepSpeedEngine`): Other stages than ZeRO-3 are left alone.
-        parameters (`Iterable[nn.Parameter]`): The parameters that learn.
+        parameters (`Iterable[nn.Parameter]`): What learns, and the head.
     """
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     # DeepSpeed's own list: it gathers these after every step and every checkpoint.
@@ -57,13 +58,20 @@ def write_through(module: nn.Module) -> None:
         module (`nn.Module`): Its parameters are whole, see [`keep_gathered`]. Without DeepSpeed nothing happens.
     """
     for parameter in module.parameters():
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            # Its own setter of whole values leaves out the padding of what the processes do not share evenly.
+            size, rank = parameter.ds_tensor.numel(), distributed.get_rank()
+            values = parameter.detach().float().flatten()
+            values = nn.functional.pad(values, (0, size * distributed.get_world_size() - values.numel()))
+            safe_set_local_fp32_param(parameter, values[rank * size :][:size])
+            parameter.partition([parameter], has_been_updated=True)
+            parameter.all_gather([parameter])
+        elif hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, parameter.detach().float())
-        if hasattr(parameter, "ds_id"):
-            parameter.partition([parameter], has_been_updated=True)
-            parameter.all_gather([parameter])
 
 
 def is_trunk_sharded(accelerator: Accelerator) -> bool:

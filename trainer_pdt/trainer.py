@@ -359,7 +359,8 @@ class PDTTrainer(RecoverableTrainer):
         if resume_from_checkpoint is not None:
             self._load_deepspeed(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        keep_gathered(self.model_wrapped, self.model.pdt_parameters().values())
+        head = self.model.get_output_embeddings()
+        keep_gathered(self.model_wrapped, [*self.model.pdt_parameters().values(), *head.parameters()])
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

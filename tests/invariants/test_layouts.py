@@ -32,7 +32,11 @@ SETTINGS = {
     "teacher_kind": "ema",
     "teacher_ema_decay": 0.5,
     "kd_top_k": 8,
+    "logits_chunk": 16,
 }
+LIMITED = {"spectral_norm": 0.9}
+"""Of the adapter: below the norms that its matrices start with."""
+
 BALANCED = {
     **SETTINGS,
     "teacher_kind": "notes",
@@ -67,7 +71,7 @@ def main(runs: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_the_cpu()
     for run in json.loads(runs):
-        model = make_model()
+        model = make_model(**LIMITED)
         trainer = make_trainer(run["folder"], STAGES, model, **run["settings"])
         trainer.train(resume_from_checkpoint=run["checkpoint"])
         metrics = trainer.evaluate()
@@ -141,7 +145,9 @@ def check_same(folder: Path, expected: Path) -> None:
 
 def train_alone(folder: Path, checkpoint: Path | None = None, **settings) -> Path:
     """The same documents per step in one process: two micro-batches in place of two processes."""
-    trainer = make_trainer(folder, STAGES, **{**SETTINGS, **settings, "gradient_accumulation_steps": 2})
+    trainer = make_trainer(
+        folder, STAGES, make_model(**LIMITED), **{**SETTINGS, **settings, "gradient_accumulation_steps": 2}
+    )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return folder
 
