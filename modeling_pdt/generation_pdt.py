@@ -13,12 +13,15 @@ from .adapter_layer import restrict_to_streams
 from .bus import NotesBus
 from .cache import RollbackCache
 from .gate import agreement_of, coverage_of, judge, own_coverage
-from .generation_inputs import Inputs, Settings, merge_generation_config, prepare_inputs
+from .generation_events import DecodingEvents
+from .generation_inputs import Inputs, merge_generation_config, prepare_inputs
+from .generation_settings import Settings
 from .interventions import WindowRequest
 from .note_states import NoteStates
 from .outputs import DecodingTrace, ParallelGenerateOutput, collect_output
+from .prefill import header_batch, prefill_prompts
 from .sampling import choose_tokens, fold_keys, history_free, keyed_uniform, process_logits, prompt_keys
-from .streaming import ParallelStreamer, parallel_streamer
+from .streaming import parallel_streamer
 from .streams import StreamBatch
 from .trunk_split import TapState, rewind_tap
 
@@ -107,9 +110,6 @@ class ParallelDecoder:
             model.config.trunk_hidden_size,
             device,
         )
-        self.streamer: ParallelStreamer = parallel_streamer(
-            streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0]
-        )
         self.needs_history = bool(inputs.criteria) or not history_free(inputs.processors)
         self.bus = NotesBus(
             len(inputs.prompts),
@@ -133,66 +133,38 @@ class ParallelDecoder:
         self.trace = DecodingTrace(settings={**vars(settings), "plan": inputs.plan_source})
         self.trace.settings["interventions"] = [intervention.name for intervention in inputs.interventions]
         self.trace.settings["instrumented_layers"] = list(model.config.instrumented_layers)
+        streamer = parallel_streamer(streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0])
+        self.events = DecodingEvents(self.trace, streamer, settings.num_streams)
 
     def run(self) -> ParallelGenerateOutput:
         """Prefill, then one token for every live row per trunk call, until no row is live."""
         started = time.perf_counter()
-        self._trace_plan()
+        self.events.plan(self.inputs.entries, self.inputs.headers)
         logits_RV = self._start()
         self.trace.timings["prefill_s"] = time.perf_counter() - started
         self._choose(self.streams.rows_R, logits_RV)
         while self.streams.live_rows:
             self._step()
-        self.streamer.end()
+        self.events.end()
         self.trace.timings["total_s"] = time.perf_counter() - started
         return collect_output(
             streams=self.streams, settings=self.settings, trace=self.trace, separator=self.inputs.separator
         )
 
-    def _trace_plan(self) -> None:
-        for prompt, entries in enumerate(self.inputs.entries):
-            items = [{"text": entry.text, "stream": entry.stream} for entry in entries]
-            first = prompt * self.settings.num_streams
-            headers = self.inputs.headers[first : first + self.settings.num_streams]
-            self.trace.add("plan", prompt=prompt, items=items, headers=headers)
-
     def _start(self) -> torch.Tensor:
         """Prefills the prompts once, expands them to rows, feeds last prompt token and header; returns logits."""
         streams, settings = self.streams, self.settings
-        headers = [section.header for section in streams.sections]
-        raggedness = max(map(len, headers)) - min(map(len, headers))
+        lengths = [len(section.header) for section in streams.sections]
+        raggedness = max(lengths) - min(lengths)
         margin = max(self.model.config.commit_horizon + 1, settings.block_size + 1, raggedness)
         streams.cache = RollbackCache(self.model.trunk.config, margin)
-        longest = max(len(prompt) for prompt in streams.prompts) - 1
-        if longest > 0:
-            ids = torch.full((streams.num_prompts, longest), settings.pad_id, device=streams.device)
-            mask = torch.zeros_like(ids)
-            for index, prompt in enumerate(streams.prompts):
-                length = len(prompt) - 1
-                ids[index, longest - length :] = torch.tensor(prompt[:-1], dtype=torch.long, device=streams.device)
-                mask[index, longest - length :] = 1
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            tap = self.stack.lower(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=streams.cache
-            )
-            self.stack.upper(tap)
-            streams.cache.batch_repeat_interleave(settings.num_streams)
-            streams.mask = mask.repeat_interleave(settings.num_streams, dim=0)
-        streams.position_R = torch.tensor([len(prompt) - 1 for prompt in streams.prompts], device=streams.device)[
-            streams.prompt_R
-        ]
-        return self._feed_headers(headers)
+        prefill_prompts(self.stack, streams, settings.pad_id)
+        return self._feed_headers()
 
-    def _feed_headers(self, headers: list[list[int]]) -> torch.Tensor:
+    def _feed_headers(self) -> torch.Tensor:
         streams = self.streams
-        longest = 1 + max(map(len, headers))
-        ids = torch.full((len(headers), longest), self.settings.pad_id, device=streams.device)
-        stream_ids = torch.full_like(ids, -1)
-        for row, header in enumerate(headers):
-            tokens = [streams.prompts[row // streams.num_streams][-1], *header]
-            ids[row, : len(tokens)] = torch.tensor(tokens, device=streams.device)
-            stream_ids[row, 1 : len(tokens)] = self.adapter_stream_R[row]
-        lengths_R = torch.tensor([1 + len(header) for header in headers], device=streams.device)
+        ids, stream_ids, lengths_R = header_batch(streams, self.adapter_stream_R, self.settings.pad_id)
+        longest = ids.shape[1]
         places = torch.arange(longest, device=streams.device)
         streams.mask = torch.cat([streams.mask, (places[None] < lengths_R[:, None]).long()], dim=1)
         positions = streams.position_R[:, None] + places[None]
@@ -316,7 +288,7 @@ class ParallelDecoder:
             else:
                 agreement_M, withdrawn_M = judge(self.bus, rows_M, round_M, may_retry, threshold, score)
         coverage = own_coverage(rows_M, coverage_MP, self.inputs.entries, self.settings.num_streams)
-        self._record(rows_M, agreement_M, withdrawn_M, coverage)
+        self.events.judged(streams, rows_M, agreement_M, withdrawn_M, coverage, self.settings.agreement_threshold)
         standing = [values for values, gone in zip(coverage, withdrawn_M.tolist(), strict=True) if not gone]
         self._commit(rows_M[~withdrawn_M], standing)
         return rows_M[withdrawn_M]
@@ -328,39 +300,6 @@ class ParallelDecoder:
         items = self.bus.plan_BPN[self.streams.prompt_R[rows_M], : self.inputs.num_items]
         return coverage_of(self.stack.heads, text, mask, items)
 
-    def _record(
-        self,
-        rows_M: torch.Tensor,
-        agreement_M: torch.Tensor | None,
-        withdrawn_M: torch.Tensor,
-        coverage: list[dict[int, float]],
-    ) -> None:
-        streams, settings = self.streams, self.settings
-        scores = [None] * len(rows_M) if agreement_M is None else agreement_M.tolist()
-        threshold = settings.agreement_threshold
-        state = (streams.block_start_R, streams.fed_R, streams.round_R, streams.attempt_R)
-        places = torch.stack([rows_M, *(values[rows_M] for values in state)], dim=1).tolist()
-        decisions = zip(places, scores, withdrawn_M.tolist(), coverage, strict=True)
-        for (row, start, end, round_number, attempt), score, withdrawn, covered in decisions:
-            event = {
-                "prompt": row // settings.num_streams,
-                "stream": row % settings.num_streams,
-                "round": round_number,
-                "attempt": attempt,
-                "start": start,
-                "end": end,
-                "agreement": score,
-                "coverage": covered,
-                "call": self.trace.calls,
-            }
-            if withdrawn:
-                tokens = streams.tokens_RL[row, start:end].tolist()
-                self.trace.add("rollback", **event, tokens=tokens)
-                self.streamer.rollback(event["prompt"], event["stream"], tokens)
-            else:
-                forced = threshold is not None and score < threshold
-                self.trace.add("commit", **event, forced=forced)
-
     def _commit(self, rows_M: torch.Tensor, coverage: list[dict[int, float]]) -> None:
         streams = self.streams
         if rows_M.numel() == 0:
@@ -370,12 +309,9 @@ class ParallelDecoder:
             streams.fed_R[rows_M] >= self.settings.max_new_tokens
         )
         streams.finish(rows_M[ended | streams.stop_R[rows_M]], self.eos_ids)
-        for index, row in enumerate(rows_M.tolist()):
-            section = streams.sections[row]
-            start, end = section.blocks[-1]
-            prompt, stream = divmod(row, self.settings.num_streams)
-            self.streamer.put(prompt, stream, section.tokens[start:end])
-            section.coverage = coverage[index]
+        for row, covered in zip(rows_M.tolist(), coverage, strict=True):
+            streams.sections[row].coverage = covered
+        self.events.committed(streams, rows_M)
 
     def _choose(self, rows_M: torch.Tensor, logits_MV: torch.Tensor) -> None:
         """The next token of each row, from its own history and its own randomness."""

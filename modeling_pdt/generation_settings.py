@@ -1,0 +1,73 @@
+"""Choices of a parallel decoding call with every default resolved."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from .configuration_generation import PDTGenerationConfig
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices of one call with every default resolved; names as in [`PDTGenerationConfig`]."""
+
+    num_streams: int
+    block_size: int
+    bus_lag: int
+    bus_capacity: int
+    max_retries: int
+    retry_policy: str
+    agreement_threshold: float | None
+    gate_scale: float
+    coverage_threshold: float
+    max_new_tokens: int
+    do_sample: bool
+    seed: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+def end_and_pad(config: PDTGenerationConfig) -> tuple[tuple[int, ...], int]:
+    """Tokens that end a row, and the one that fills it up: the first of these, or 0, where none is named."""
+    eos = config.eos_token_id
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
+    return eos_ids, pad
+
+
+def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, seed: int) -> Settings:
+    """`None` replaced by the values in the model's configuration; the gate is off while the head is untrained."""
+
+    def value(name: str) -> Any:
+        chosen = getattr(config, name)
+        return getattr(model.config, name) if chosen is None else chosen
+
+    threshold = config.agreement_threshold
+    if threshold is not None and "agreement" not in model.config.trained_parts:
+        logger.warning("agreement_threshold=%s is ignored: the agreement head is not trained.", threshold)
+        threshold = None
+    if value("block_size") > model.config.commit_horizon:
+        raise ValueError(
+            f"block_size must be in [1, commit_horizon={model.config.commit_horizon}], got {value('block_size')}."
+        )
+    eos_ids, pad = end_and_pad(config)
+    return Settings(
+        num_streams=num_streams,
+        block_size=value("block_size"),
+        bus_lag=value("bus_lag"),
+        bus_capacity=value("bus_capacity"),
+        max_retries=config.max_retries,
+        retry_policy=config.retry_policy,
+        agreement_threshold=threshold,
+        gate_scale=config.gate_scale,
+        coverage_threshold=config.coverage_threshold,
+        max_new_tokens=config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+        do_sample=bool(config.do_sample),
+        seed=seed,
+        eos_ids=eos_ids,
+        pad_id=int(pad),
+    )
