@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import distributed, nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from .adapter_layer import PDTStack, expand_stream_ids, restrict_to_streams
@@ -322,10 +322,8 @@ class PDTForParallelDecoding(PreTrainedModel):
             return self._anchored(output)
         tap = output.tap = self._share_prefix(tap, rollout, note_states, attention_mask)
         collect = [] if output_hidden_states else None
-        hidden = self.stack.upper(tap, note_states, stream_ids, collect)
-        if torch.is_grad_enabled():
-            hidden = hidden + self._anchor().to(hidden)
-        output.last_hidden_state = hidden
+        output.last_hidden_state = self.stack.upper(tap, note_states, stream_ids, collect)
+        hidden = self._anchored(output).last_hidden_state
         output.hidden_states = (*collect, hidden) if output_hidden_states else None
         output.logits = self.get_output_embeddings()(hidden if logits_mask is None else hidden[logits_mask])
         if labels is not None:
@@ -365,19 +363,17 @@ class PDTForParallelDecoding(PreTrainedModel):
             return tap
         return self.stack.share_prefix(tap, note_states.first_reader, attention_mask)
 
-    def _anchor(self) -> torch.Tensor:
-        """Zero, with every trainable parameter in its graph: no step leaves one without a gradient."""
-        trainable = [p for p in self.pdt_parameters().values() if p.requires_grad]
-        if not trainable:
-            return torch.zeros(())
-        return 0.0 * torch.stack([p.sum() for p in trainable]).sum()
-
     def _anchored(self, output: PDTOutput) -> PDTOutput:
-        """The output of heads alone, with the anchor in its first tensor; parallel training looks for it there."""
-        if torch.is_grad_enabled():
-            name = next((name for name, value in output.items() if torch.is_tensor(value)), None)
-            if name is not None:
-                output[name] = output[name] + self._anchor().to(output[name])
+        """
+        Among several processes, the output with a zero in each of its tensors that has every trainable parameter in
+        its graph: they wait for each other's gradients, whichever part of the output a loss reads.
+        """
+        trainable = [parameter for parameter in self.pdt_parameters().values() if parameter.requires_grad]
+        if trainable and torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized():
+            anchor = 0.0 * torch.stack([parameter.sum() for parameter in trainable]).sum()
+            for name, value in output.items():
+                if torch.is_tensor(value):
+                    output[name] = value + anchor.to(value)
         return output
 
     @torch.no_grad()

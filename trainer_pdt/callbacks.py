@@ -1,6 +1,7 @@
 """Carries the curriculum out: who learns at which step, what a stage begins with, and what a run writes down."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,13 +63,30 @@ class _GradientMask:
         return gradient if self.multipliers[self.group] > 0 else torch.zeros_like(gradient)
 
 
+def settle_gradients(parameters: Mapping[str, nn.Parameter], train: Sequence[str]) -> None:
+    """
+    After a backward pass: a gradient for every parameter that learns, zero where no loss has reached it, as processes
+    that wait for each other have it; none for the others, for which an optimizer then keeps no moments.
+
+    Args:
+        parameters (`Mapping[str, nn.Parameter]`): PDT parameters by name.
+        train (`Sequence[str]`): Groups of `PARAMETER_GROUPS` that learn.
+    """
+    for name, parameter in parameters.items():
+        if parameter_group(name) not in train:
+            parameter.grad = None
+        elif parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 class StageCallback(TrainerCallback):
     """
     Freezes and frees parameter groups by stage, without ever toggling `requires_grad`.
 
     A frozen group has a learning rate of 0 and a masked gradient, so that it counts neither in clipping nor in the
-    optimizer's moments. Where a group becomes free, its optimizer state starts anew, and the agreement head starts
-    from the trained SNC. All of it is a function of the step, so a resumed run does the same as an uninterrupted one.
+    optimizer's moments; it keeps no moments. Where a group becomes free, its optimizer state starts anew, and the
+    agreement head starts from the trained SNC. All of it is a function of the step, so a resumed run does the same as
+    an uninterrupted one.
 
     Args:
         curriculum ([`Curriculum`]): The stages.
@@ -109,9 +127,9 @@ class StageCallback(TrainerCallback):
     def _begin_stage(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         stage = self.curriculum.stage_at(step)
         earlier = self.curriculum.stages[: self.curriculum.index_at(step)]
-        freed = {group for group in stage.train if not earlier or group not in earlier[-1].train}
+        goes_on = {group for group in stage.train if earlier and group in earlier[-1].train}
         for index, group in enumerate(optimizer.param_groups):
-            if group["pdt_group"] in freed:
+            if group["pdt_group"] not in goes_on:
                 for tensor in optimizer_tensors(optimizer, index):
                     optimizer.state.pop(tensor, None)
         if "agreement" in stage.train and not any("agreement" in before.train for before in earlier):

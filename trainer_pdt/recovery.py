@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from .callbacks import settle_gradients
 from .checkpoints import LastingCheckpointsCallback, Retention, smoothed
 from .curriculum import Curriculum
 from .guard import LossGuard, NamedBatches
@@ -70,8 +71,12 @@ class RecoverableTrainer(Trainer):
         """Forward and backward of one micro-batch, noted for the guard."""
         documents = inputs["document_ids"]
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.is_fsdp2 and self.accelerator.sync_gradients:
-            average_gradients(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        # DeepSpeed keeps gradients elsewhere, flat.
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            parameters = self.model.pdt_parameters()
+            settle_gradients(parameters, self.curriculum.stage_at(self.state.global_step).train)
+            if self.accelerator.is_fsdp2:
+                average_gradients(parameter for parameter in parameters.values() if parameter.grad is not None)
         self.guard.add(loss, documents)
         return loss
 

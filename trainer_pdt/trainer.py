@@ -142,8 +142,7 @@ class PDTTrainer(RecoverableTrainer):
             self.gradient_norms.write(self._micro[0], stage.name, weights, parts, self.model.pdt_parameters())
         report = weighted_total(parts, weights)
         self._record(report)
-        total = report.total + self._anchor()
-        return (total, branches.student) if return_outputs else total
+        return (report.total, branches.student) if return_outputs else report.total
 
     def _weights(self, parts: Mapping[str, Tensor], stage: Stage) -> Mapping[str, float]:
         """Weights of the stage's losses, after this micro-batch's measurement where the run balances distillation."""
@@ -155,10 +154,6 @@ class PDTTrainer(RecoverableTrainer):
             norms = self.accelerator.reduce(self.balance.measure(parts, stage, learning), "mean")
             self.balance.update(norms, self._micro[0])
         return self.balance.weights(stage)
-
-    def _anchor(self) -> Tensor:
-        """Zero, with every PDT parameter in its graph, for stages whose losses leave some out (DDP needs them all)."""
-        return 0.0 * torch.stack([parameter.sum() for parameter in self.model.pdt_parameters().values()]).sum()
 
     def _generator(self) -> torch.Generator:
         step, micro = self._micro

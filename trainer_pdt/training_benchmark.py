@@ -20,6 +20,7 @@ from modeling_pdt import PDTAdapterConfig, PDTConfig, PDTForParallelDecoding
 from modeling_pdt.snc import StreamAdapter
 
 from .arguments import DataArguments, PDTTrainingArguments, check_whole
+from .callbacks import settle_gradients
 from .collator import PDTDataCollator
 from .curriculum import Curriculum
 from .evaluation.benchmark import ratio_summary, timed
@@ -199,6 +200,7 @@ def plain_side(workload: Workload, name: str) -> Side:
         hidden = stack(**inputs, use_cache=False).last_hidden_state
         targets = supervised_values(batch["labels"], batch["labels"])
         loss = lm_ce(head(hidden[supervised_positions(batch["labels"])]), targets, torch.ones_like(targets).float())
+        loss.backward()
         return finish(loss, parameters, optimizer)
 
     return Side(step, batches, trunk)
@@ -227,14 +229,15 @@ def pdt_side(workload: Workload, name: str) -> Side:
     def step(index: int) -> Tensor:
         optimizer.zero_grad()
         loss = trainer.compute_loss(model, batches[index % len(batches)])
+        loss.backward()
+        settle_gradients(model.pdt_parameters(), LEARNING)
         return finish(loss, parameters, optimizer)
 
     return Side(step, batches, model.trunk)
 
 
 def finish(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensor:
-    """The rest of a step, the same on every side."""
-    loss.backward()
+    """The rest of a step after its backward pass, the same on every side."""
     nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
     optimizer.step()
     return loss.detach()

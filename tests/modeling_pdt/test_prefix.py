@@ -49,7 +49,8 @@ def step(model, batch, shares: bool) -> tuple[list[torch.Tensor], dict[str, torc
         trunk = model(tap=student.tap, **wanted).loss
     older = model(**same, rollout=replace(batch.rollout, lag_R1=batch.rollout.lag_R1 + 1)).loss
     (student.loss + 0.5 * older).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.pdt_parameters().items()}
+    learnt = {name: parameter.grad for name, parameter in model.pdt_parameters().items()}
+    gradients = {name: gradient.clone() for name, gradient in learnt.items() if gradient is not None}
     return [student.loss.detach(), silent, trunk, older.detach()], gradients
 
 

@@ -126,12 +126,38 @@ def test_frozen_groups_do_not_count_in_clipping(tmp_path):
 
     class Norms(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            norms.append({n: float(p.grad.norm()) for n, p in trainer.model.pdt_parameters().items()})
+            gradients = {n: p.grad for n, p in trainer.model.pdt_parameters().items()}
+            norms.append({n: float(gradient.norm()) for n, gradient in gradients.items() if gradient is not None})
 
     trainer.add_callback(Norms())
     trainer.train()
     assert {parameter_group(name) for name, norm in norms[0].items() if norm > 0} == {"writer"}
     assert not trainer.model.pdt_parameters()[next(iter(norms[0]))]._backward_hooks
+
+
+def test_only_what_learns_has_gradients_and_moments(tmp_path):
+    stages = [
+        {**BUS_STAGE, "train": ["writer", "encoder"], "losses": {"lm_ce": 1.0}, "until": 0.5},
+        {**BUS_STAGE, "name": "next", "train": ["encoder", "coverage"], "losses": {"lm_ce": 1.0, "cov": 1.0}},
+    ]
+    trainer = make_trainer(tmp_path, stages, max_steps=4, gradient_accumulation_steps=2)
+    named, seen = trainer.model.pdt_parameters(), []
+
+    class Seen(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.append({parameter_group(name) for name, p in named.items() if p.grad is not None})
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            kept = kwargs["optimizer"].state
+            seen.append({parameter_group(name) for name, p in named.items() if p in kept})
+            # `lm_ce` does not reach the encoder of true notes, which learns all the same.
+            assert all(p in kept for name, p in named.items() if ".encoder." in name)
+            steps = {float(kept[p]["step"]) for name, p in named.items() if "encoder." in name}
+            assert steps == {state.global_step + 1.0}
+
+    trainer.add_callback(Seen())
+    trainer.train()
+    assert seen == [{"writer", "encoder"}] * 4 + [{"encoder", "coverage"}] * 4
 
 
 def test_trunk_bytes_do_not_change(tmp_path):
