@@ -14,7 +14,7 @@ from .heads import PDTHeads
 from .note_states import NoteStates
 from .snc import SharedNotesCrossAttention, StreamAdapter
 from .spectral_norm import limit_spectral_norm
-from .trunk_split import TapState, run_lower, run_upper, share_prefix
+from .trunk_split import TapState, run_lower, run_on, run_upper, share_prefix
 
 
 class PDTStack(nn.Module, BaseTunerLayer):
@@ -166,9 +166,17 @@ class PDTStack(nn.Module, BaseTunerLayer):
         """[`run_lower`] up to the first instrumented layer."""
         return run_lower(self.base_layer, self.split, **inputs)
 
-    def share_prefix(self, tap: TapState, columns: int, attention_mask: torch.Tensor) -> TapState:
+    def embed(self, **inputs: Any) -> TapState:
+        """[`run_lower`] before any layer, for [`lower_from`] or [`share_prefix`]."""
+        return run_lower(self.base_layer, 0, **inputs)
+
+    def lower_from(self, tap: TapState) -> TapState:
+        """See [`run_on`]: up to the first instrumented layer."""
+        return run_on(self.base_layer, tap, self.split)
+
+    def share_prefix(self, tap: TapState, *choices: Any) -> TapState:
         """See [`share_prefix`]."""
-        return share_prefix(self.base_layer, tap, columns, attention_mask)
+        return share_prefix(self.base_layer, tap, self.split, *choices)
 
     def upper(
         self,

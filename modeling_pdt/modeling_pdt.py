@@ -36,7 +36,7 @@ from .hub_layout import (
 )
 from .note_states import NoteStates
 from .outputs import ParallelGenerateOutput, PDTOutput
-from .rollout import Rollout, run_rollout, window_with_plan
+from .rollout import Rollout, run_lower_half, run_rollout, window_with_plan
 from .trunk_split import TapState
 
 # What the generation configuration takes over from the trunk's.
@@ -308,8 +308,9 @@ class PDTForParallelDecoding(PreTrainedModel):
         if has_window + (note_states is not None) + (rollout is not None) > 1:
             raise ValueError("Give at most one of notes, note_states and rollout; plan_slots go with notes.")
         if tap is None:
-            tap = self._lower(input_ids, attention_mask, position_ids, past_key_values, kwargs)
+            tap = self._embed(input_ids, attention_mask, position_ids, past_key_values, kwargs)
         stream_ids = expand_stream_ids(stream_ids, tap.hidden)
+        tap = run_lower_half(self.stack, tap, rollout, stream_ids, input_ids, attention_mask, not heads_only)
         if has_window:
             window, mask = window_with_plan(self.stack, notes, notes_mask, plan_slots, plan_mask)
             note_states = self.project_notes(window, restrict_to_streams(mask, stream_ids), gate_scale)
@@ -320,7 +321,6 @@ class PDTForParallelDecoding(PreTrainedModel):
             output.planner_logits = self.stack.heads.planner(tap.hidden.detach(), planner_mask.bool())
         if heads_only:
             return self._anchored(output)
-        tap = output.tap = self._share_prefix(tap, rollout, note_states, attention_mask)
         collect = [] if output_hidden_states else None
         output.last_hidden_state = self.stack.upper(tap, note_states, stream_ids, collect)
         hidden = self._anchored(output).last_hidden_state
@@ -332,7 +332,7 @@ class PDTForParallelDecoding(PreTrainedModel):
             output.loss = shifted_cross_entropy(output.logits, labels)
         return output
 
-    def _lower(
+    def _embed(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
@@ -342,26 +342,13 @@ class PDTForParallelDecoding(PreTrainedModel):
     ) -> TapState:
         if position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self.stack.lower(
+        return self.stack.embed(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             layer_kwargs=layer_kwargs,
         )
-
-    def _share_prefix(
-        self,
-        tap: TapState,
-        rollout: Rollout | None,
-        note_states: NoteStates | None,
-        attention_mask: torch.Tensor | dict | None,
-    ) -> TapState:
-        """What a rollout conditions nowhere, run once; not where a cache or ready masks leave no other choice."""
-        plain = torch.is_tensor(attention_mask) and attention_mask.dim() == 2 and tap.hidden.shape[1] > 1
-        if rollout is None or tap.prefix is not None or tap.cache is not None or not plain:
-            return tap
-        return self.stack.share_prefix(tap, note_states.first_reader, attention_mask)
 
     def _anchored(self, output: PDTOutput) -> PDTOutput:
         """

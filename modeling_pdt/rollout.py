@@ -13,6 +13,7 @@ from .bus import training_window
 from .heads import soft_minimum
 from .note_states import NoteStates
 from .outputs import PDTOutput
+from .prefix import begin_alike
 from .trunk_split import TapState
 
 
@@ -104,6 +105,39 @@ class BusRollout:
     on_bus_RV: torch.Tensor
     plan_BPN: torch.Tensor | None
     plan_mask_BP: torch.Tensor | None
+
+
+def run_lower_half(
+    stack: PDTStack,
+    tap: TapState,
+    rollout: Rollout | None,
+    stream_ids: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict | None,
+    upper: bool,
+) -> TapState:
+    """
+    Rows up to the tap. Of a rollout, the columns that nothing conditions run apart, see [`share_prefix`], unless a
+    cache or ready masks forbid it.
+
+    Args:
+        stack (`PDTStack`), tap (`TapState`): The rows, before any layer or at the tap already.
+        rollout (`Rollout`, *optional*): Of these rows.
+        stream_ids (`torch.LongTensor` of shape `[R, T]`, *optional*): Stream of each token, -1 for none.
+        input_ids (`torch.LongTensor` of shape `[R, T]`, *optional*): Siblings that begin with the same tokens share
+            their first columns.
+        attention_mask (`torch.Tensor` of shape `[R, T]`, *optional*): 1 for real tokens.
+        upper (`bool`): Whether the upper half will follow.
+    """
+    plain = torch.is_tensor(attention_mask) and attention_mask.dim() == 2 and tap.hidden.shape[1] > 1
+    if rollout is None or tap.prefix is not None or tap.cache is not None or not plain:
+        return stack.lower_from(tap)
+    columns = min(max(rollout.first_reader(stream_ids), 1), tap.hidden.shape[1] - 1)
+    siblings = rollout.num_streams
+    rows = (input_ids, attention_mask, tap.position_ids)
+    if input_ids is None or not all(begin_alike(part, siblings, columns) for part in rows):
+        siblings = 1
+    return stack.share_prefix(tap, columns, siblings, attention_mask, upper)
 
 
 def encode_texts(stack: PDTStack, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

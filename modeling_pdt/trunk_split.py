@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .prefix import PrefixCache, repeat_rows
 
 STACK_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -66,30 +67,6 @@ class Prefix:
 
     output: torch.Tensor
     rest: TapState
-
-
-class PrefixLayer(DynamicLayer):
-    """One layer's keys and values of a prefix: the first update writes them, later ones read them and keep nothing."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What tokens with these states `[R, H, T, head_dim]` attend to."""
-        if not self.is_initialized:
-            return super().update(key_states, value_states)
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
-
-
-class PrefixCache(Cache):
-    """
-    Keys and values of a prefix. A layer that is recomputed for gradient checkpointing reads them a second time.
-
-    Args:
-        num_layers (`int`): Layers of the trunk.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[PrefixLayer() for _ in range(num_layers)])
 
 
 def layer_types(config: Any) -> list[str]:
@@ -285,10 +262,16 @@ def run_lower(
     else:
         masks = make_masks(stack, layer_types(stack.config), hidden, attention_mask, position_ids, past_key_values)
     embeddings = stack.rotary_emb(hidden, position_ids)
-    state = TapState(hidden, position_ids, embeddings, masks, past_key_values, split, layer_kwargs or {})
-    for index in range(split):
-        hidden = run_layer(stack, index, hidden, state)
-    return replace(state, hidden=hidden)
+    start = TapState(hidden, position_ids, embeddings, masks, past_key_values, 0, layer_kwargs or {})
+    return run_on(stack, start, split)
+
+
+def run_on(stack: nn.Module, tap: TapState, split: int) -> TapState:
+    """The trunk at `split`, from an earlier place between its layers."""
+    hidden = tap.hidden
+    for index in range(tap.split, split):
+        hidden = run_layer(stack, index, hidden, tap)
+    return replace(tap, hidden=hidden, split=split)
 
 
 def rewind_tap(
@@ -311,27 +294,43 @@ def rewind_tap(
     return replace(tap, hidden=hidden, position_ids=position_ids, position_embeddings=embeddings, masks=masks)
 
 
-def share_prefix(stack: nn.Module, tap: TapState, columns: int, attention_mask: torch.Tensor) -> TapState:
+@torch.no_grad()
+def share_prefix(
+    stack: nn.Module,
+    tap: TapState,
+    split: int,
+    columns: int,
+    siblings: int,
+    attention_mask: torch.Tensor,
+    upper: bool = True,
+) -> TapState:
     """
-    Runs the bare trunk's upper half over the first columns, once for all passes over these rows.
+    Runs the bare trunk over the first columns, once for all passes over these rows and for siblings that begin alike;
+    then the lower half over the other columns.
 
-    Every layer is called once, whatever the rows: processes that share layers stay in step.
+    Every layer is called equally often, whatever the rows: processes that share layers stay in step.
 
     Args:
         stack (`nn.Module`): The trunk's decoder stack.
-        tap (`TapState`): From [`run_lower`], without a cache, of at least two columns.
-        columns (`int`): Columns that nothing conditions; at least 1 and at most T - 1 are taken.
+        tap (`TapState`): The rows at `split` or before any layer, without a cache, of at least two columns.
+        split (`int`): Index of the first upper layer.
+        columns (`int`): Columns that nothing conditions, 1 to T - 1.
+        siblings (`int`): Number of adjacent rows that are equal in these columns.
         attention_mask (`torch.Tensor` of shape `[R, T]`): 1 for real tokens.
+        upper (`bool`, *optional*, defaults to `True`): Run the upper half over the first columns too. Without it,
+            the tap has no `prefix`.
     """
-    columns = min(max(columns, 1), tap.hidden.shape[1] - 1)
-    parts = [
-        (tap.hidden[:, part], attention_mask[:, : part.stop], tap.position_ids[:, part])
-        for part in (slice(columns), slice(columns, None))
-    ]
+    if tap.split == split and not upper:
+        return tap
     empty = replace(tap, cache=PrefixCache(len(stack.layers)))
-    with torch.no_grad():
-        output = run_upper(stack, rewind_tap(stack, empty, *parts[0]))
-    return replace(tap, prefix=Prefix(output, rewind_tap(stack, empty, *parts[1])))
+    first = [values[::siblings, :columns] for values in (tap.hidden, attention_mask, tap.position_ids)]
+    first = run_on(stack, rewind_tap(stack, empty, *first), split)
+    output = run_upper(stack, first) if upper else None
+    rest = rewind_tap(stack, empty, tap.hidden[:, columns:], attention_mask, tap.position_ids[:, columns:])
+    rest = run_on(stack, rest, split)
+    rows = len(tap.hidden)
+    whole = replace(tap, hidden=torch.cat([repeat_rows(first.hidden, rows), rest.hidden], dim=1), split=split)
+    return replace(whole, prefix=Prefix(repeat_rows(output, rows), rest)) if upper else whole
 
 
 def run_upper(

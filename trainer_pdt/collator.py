@@ -40,7 +40,8 @@ class PDTDataCollator:
         pad_token_id (`int`): Token of padding.
         block_size (`int`), bus_capacity (`int`), num_streams (`int`): Of the model's configurations; `num_streams` is
             the number of stream adapters, which further streams reuse in turn.
-        padding_side (`str`, *optional*, defaults to `"left"`): ``"left"`` or ``"right"``.
+        padding_side (`str`, *optional*, defaults to `"both"`): ``"left"``, ``"right"``, or ``"both"``: prompts on the
+            left and what follows on the right, so that all prompts end in one column and siblings can share theirs.
         with_corrupted (`bool`, *optional*, defaults to `False`): Add the corrupted view as `corrupted`.
         with_text_teacher (`bool`, *optional*, defaults to `False`): Add rows in which the siblings' sections precede
             the own one, as `text_input_ids`, `text_attention_mask` and `text_labels`.
@@ -53,15 +54,15 @@ class PDTDataCollator:
     block_size: int
     bus_capacity: int
     num_streams: int
-    padding_side: str = "left"
+    padding_side: str = "both"
     with_corrupted: bool = False
     with_text_teacher: bool = False
     with_variants: bool = False
     max_row_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side is {self.padding_side!r}, must be 'left' or 'right'.")
+        if self.padding_side not in ("left", "right", "both"):
+            raise ValueError(f"padding_side is {self.padding_side!r}, must be 'left', 'right' or 'both'.")
 
     @classmethod
     def from_config(cls, config: PDTConfig, tokenizer: PreTrainedTokenizerBase, **choices: Any) -> "PDTDataCollator":
@@ -108,7 +109,7 @@ class PDTDataCollator:
             for stream in range(len(document["header_ids"]))
         ]
         rounds = max(-(-len(section) // self.block_size) for view in views for section in view["section_ids"])
-        batch = self._pad_rows(rows)
+        batch = self._pad_rows(rows, [sum(row["prompt_mask"]) for row in rows])
         if self.with_variants:
             streams = len(rows) // len(documents)
             first_R1 = torch.arange(len(rows))[:, None] // streams * streams
@@ -151,21 +152,25 @@ class PDTDataCollator:
         }
         return row | _variants(view, stream, opening) if self.with_variants else row
 
-    def _pad_rows(self, rows: list[dict[str, list]]) -> dict[str, Tensor]:
+    def _pad_rows(self, rows: list[dict[str, list]], prompts: list[int]) -> dict[str, Tensor]:
+        """Rows of one length; `prompts` are the lengths of their prompts."""
         fillers = {
             "input_ids": self.pad_token_id,
             "labels": IGNORE_INDEX,
             **dict.fromkeys(("attention_mask", "position_ids", "own_mask", "prompt_mask", "planner_mask"), 0),
         }
-        length = max(len(row["input_ids"]) for row in rows)
+        lengths = [len(row["input_ids"]) for row in rows]
+        if self.padding_side == "both":
+            lefts = [max(prompts) - prompt for prompt in prompts]
+        else:
+            lefts = [max(lengths) - length if self.padding_side == "left" else 0 for length in lengths]
+        total = max(left + length for left, length in zip(lefts, lengths, strict=True))
         batch = {}
         for key in rows[0]:
             filler = [fillers.get(key, -1)]
             padded = [
-                filler * (length - len(row[key])) + row[key]
-                if self.padding_side == "left"
-                else row[key] + filler * (length - len(row[key]))
-                for row in rows
+                filler * left + row[key] + filler * (total - left - len(row[key]))
+                for left, row in zip(lefts, rows, strict=True)
             ]
             batch[key] = torch.from_numpy(np.array(padded, dtype=np.int64))
         for key in batch.keys() & {"own_mask", "prompt_mask", "planner_mask"}:
@@ -227,7 +232,7 @@ class PDTDataCollator:
         return batch
 
     def _text_rows(self, documents: Sequence[Mapping[str, Any]], views: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-        rows = []
+        rows, prompts = [], []
         for document, view in zip(documents, views, strict=True):
             prompt = [*document["request_ids"], *document["outline_ids"]]
             parts = [[*h, *s] for h, s in zip(document["header_ids"], view["section_ids"], strict=True)]
@@ -236,7 +241,8 @@ class PDTDataCollator:
                 ids, own = [*prompt, *siblings, *part], _labels(view, stream)
                 labels = [IGNORE_INDEX] * (len(ids) - len(own)) + own
                 rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-        return {f"text_{key}": value for key, value in self._pad_rows(rows).items()}
+                prompts.append(len(prompt))
+        return {f"text_{key}": value for key, value in self._pad_rows(rows, prompts).items()}
 
 
 def _labels(view: Mapping[str, Any], stream: int) -> list[int]:

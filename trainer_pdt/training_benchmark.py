@@ -188,7 +188,11 @@ def plain_side(workload: Workload, name: str) -> Side:
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
     config = PDTConfig()
     collator = PDTDataCollator(
-        workload.tokenizer.pad_token_id, config.block_size, config.bus_capacity, workload.adapter.num_streams
+        workload.tokenizer.pad_token_id,
+        config.block_size,
+        config.bus_capacity,
+        workload.adapter.num_streams,
+        padding_side="left",
     )
     batches = workload.batches(collator)
 

@@ -1,4 +1,4 @@
-"""Columns that nothing conditions pass the upper half once per step: same losses, same gradients, fewer tokens."""
+"""Columns that nothing conditions pass the trunk once per step, and once for siblings that begin alike."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_pdt import PDTForParallelDecoding
+from modeling_pdt.adapter_layer import PDTStack
 from modeling_pdt.note_states import NoteStates
 
 LOSSES = {"atol": 1e-6, "rtol": 1e-6}
@@ -35,13 +36,22 @@ def pad_left(batch, columns: int = 3):
     return batch
 
 
-def step(model, batch, shares: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def begin_alike(batch, streams: int = 3):
+    """The batch with the same prompt in all rows of a document."""
+    ids = batch.inputs["input_ids"]
+    ids[:, : PROMPT - 1] = ids[::streams, : PROMPT - 1].repeat_interleave(streams, dim=0)
+    return batch
+
+
+def step(model, batch, monkeypatch, shares: bool = True) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """
     Losses and gradients of a step: a student, a teacher and the trunk without gradient, a pass that learns with
-    another lag. States of all layers are wanted where no prefix is to be shared.
+    another lag.
     """
+    if not shares:
+        monkeypatch.setattr(PDTStack, "share_prefix", lambda stack, tap, *choices: stack.lower_from(tap))
     model.zero_grad(set_to_none=True)
-    wanted = {"labels": batch.labels, "output_hidden_states": not shares}
+    wanted = {"labels": batch.labels}
     student = model(**batch.inputs, **wanted)
     same = {"tap": student.tap.detach(), "stream_ids": batch.inputs["stream_ids"], **wanted}
     with torch.no_grad():
@@ -54,18 +64,21 @@ def step(model, batch, shares: bool) -> tuple[list[torch.Tensor], dict[str, torc
     return [student.loss.detach(), silent, trunk, older.detach()], gradients
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "alike"])
 @pytest.mark.parametrize("placement", ["between", "after_attention"])
 @pytest.mark.parametrize("name", ["gpt_oss", "llama", "qwen3"])
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
-def test_losses_and_gradients_are_those_of_whole_rows(make_model, make_rollout, name, placement, side, checkpointing):
+def test_losses_and_gradients_are_those_of_whole_rows(
+    make_model, make_rollout, monkeypatch, name, placement, side, checkpointing
+):
     model = make_model(name, trained=True, snc_placement=placement).train()
     batch = make_rollout(prompt=PROMPT, items=4)
-    batch = pad_left(batch) if side == "left" else batch
-    expected_losses, expected = step(model, batch, shares=False)
+    batch = {"left": pad_left, "right": lambda same: same, "alike": begin_alike}[side](batch)
+    with monkeypatch.context() as patches:
+        expected_losses, expected = step(model, batch, patches, shares=False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
-    losses, gradients = step(model, batch, shares=True)
+    losses, gradients = step(model, batch, monkeypatch)
     for one, other in zip(losses, expected_losses, strict=True):
         torch.testing.assert_close(one, other, **LOSSES)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
@@ -85,30 +98,45 @@ def test_rows_without_padding_need_no_mask_of_their_own(make_trunk, make_rollout
     torch.testing.assert_close(model(**batch.inputs).logits, whole, atol=1e-5, rtol=1e-5)
 
 
-def lengths(model) -> list[int]:
-    """Numbers of tokens of the calls of the trunk's last layer."""
-    seen, layer = [], model.stack.layers[-1]
-    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+def sizes(model, layer: int = -1) -> list[tuple[int, ...]]:
+    """Rows and tokens of the calls of a layer of the trunk, by default the last."""
+    seen = []
+    model.stack.layers[layer].register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
     return seen
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("heads_only", [False, True])
+def test_siblings_that_begin_alike_share_their_first_columns(model, make_rollout, heads_only):
+    batch = begin_alike(make_rollout(prompt=PROMPT))
+    tokens = batch.ids.shape[1]
+    lower, upper = sizes(model, 0), sizes(model, -1)
+    model(**batch.inputs, heads_only=heads_only)
+    assert lower == [(2, PROMPT - 1), (6, tokens - PROMPT + 1)]
+    assert upper == ([] if heads_only else lower)
+    batch.inputs["input_ids"][4, PROMPT - 2] += 1
+    lower.clear()
+    model(**batch.inputs, heads_only=heads_only)
+    assert lower == [(6, PROMPT - 1), (6, tokens - PROMPT + 1)]
+
+
+@torch.no_grad()
 def test_passes_after_the_first_run_the_other_columns_only(model, make_rollout):
-    batch, seen = make_rollout(prompt=PROMPT), lengths(model)
+    batch, seen = make_rollout(prompt=PROMPT), sizes(model)
     tokens = batch.ids.shape[1]
     first = model(**batch.inputs)
     same = {"tap": first.tap, "stream_ids": batch.inputs["stream_ids"], "rollout": batch.rollout}
     again = model(**same)
-    assert seen == [PROMPT - 1, tokens - PROMPT + 1, tokens - PROMPT + 1]
+    assert [length for _, length in seen] == [PROMPT - 1, tokens - PROMPT + 1, tokens - PROMPT + 1]
     assert torch.equal(again.logits, first.logits)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", [1, 2, PROMPT])
 def test_calls_of_layers_do_not_depend_on_the_rows(model, make_rollout, prompt):
-    batch, seen = make_rollout(prompt=prompt), lengths(model)
+    batch, seen, lower = make_rollout(prompt=prompt), sizes(model), sizes(model, 0)
     shared = model(**batch.inputs)
-    assert len(seen) == 2
+    assert len(seen) == len(lower) == 2
     whole = model(**batch.inputs, output_hidden_states=True)
     torch.testing.assert_close(shared.logits, whole.logits, atol=1e-5, rtol=1e-5)
 

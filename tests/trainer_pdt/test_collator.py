@@ -39,7 +39,7 @@ def rows_of(batch):
         yield row, real, prompt, real & ~prompt & ~section, section
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_rounds_of_every_position(side):
     batch = collator(padding_side=side)(FEATURES)
     for row, real, prompt, header, section in rows_of(batch):
@@ -58,10 +58,23 @@ def test_rounds_of_every_position(side):
         assert torch.equal(batch["block_offset"][row][section], torch.arange(len(ids)) % 12)
 
 
+def test_prompts_end_in_one_column():
+    batch = collator(with_text_teacher=True)(FEATURES)
+    ends = [int(batch["prompt_mask"][row].nonzero().max()) for row in range(len(batch["labels"]))]
+    assert len(set(ends)) == 1
+    start, longest = ends[0] + 1, max(len(document["request_ids"] + document["outline_ids"]) for document in FEATURES)
+    assert start == longest
+    assert batch["attention_mask"][:, -1].any() and batch["attention_mask"][:, 0].any()
+    prompts = batch["input_ids"][:, :start].unflatten(0, (-1, 3))
+    assert torch.equal(prompts, prompts[:, :1].expand_as(prompts))
+    texts, masks = batch["text_input_ids"][:, :start].unflatten(0, (-1, 3)), batch["text_attention_mask"]
+    assert torch.equal(texts, prompts) and masks[:, start].all()
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 40))
 def test_padding_side_and_order_do_not_change_a_row(order, block_size):
     documents = [FEATURES[index] for index in order]
-    left = replace(collator(), block_size=block_size)(documents)
+    left = replace(collator(padding_side="left"), block_size=block_size)(documents)
     right = replace(collator(padding_side="right"), block_size=block_size)(documents)
     alone = replace(collator(), block_size=block_size)(documents[:1])
     for key in PER_TOKEN:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,14 @@ def losses(trainer):
 def count_lower(trainer, monkeypatch):
     """Rows that go through the lower trunk, and how often short texts do."""
     calls = {"rows": 0, "texts": 0}
-    original = trainer.model.stack.lower
 
-    def counted(**inputs):
-        calls["texts" if inputs.get("position_ids") is None else "rows"] += 1
+    def count(kind, original, **inputs):
+        calls[kind] += 1
         return original(**inputs)
 
-    monkeypatch.setattr(trainer.model.stack, "lower", counted)
+    stack = trainer.model.stack
+    monkeypatch.setattr(stack, "embed", partial(count, "rows", stack.embed))
+    monkeypatch.setattr(stack, "lower", partial(count, "texts", stack.lower))
     return calls
 
 
