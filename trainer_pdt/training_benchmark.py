@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import extract_model_from_parallel, send_to_device
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
@@ -261,6 +261,8 @@ def process_memory(entry: str) -> int:
 def peak_memory(arguments: StepBenchmarkArguments, name: str) -> int:
     """Largest memory of one side, in bytes beyond the imports: weights, optimizer and one step after another."""
     torch.set_num_threads(arguments.threads)
+    # accelerate imports DeepSpeed, where it is installed, as soon as it looks at a model.
+    extract_model_from_parallel(nn.Identity())
     imported = process_memory("VmRSS")
     side = make_side(Workload(arguments), name)
     for index in range(len(side.batches) + 1):

@@ -6,9 +6,11 @@ Logits are read in float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
 from .chunks import ChunkedLogits, by_chunk
@@ -163,14 +165,31 @@ def block_start_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor, offsets
     return masked_mean(token_ce(logits_MV, targets_M), (offsets_M >= 0) & (offsets_M < count))
 
 
+class _Buckets(torch.autograd.Function):
+    """
+    Logits `[M, V]` as `[M, k + 1]`: those of k tokens and the log-sum-exp of all others, which is the only one to read
+    the whole vocabulary. Its gradient is made in one tensor of that size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, indices_Mk: Tensor) -> Tensor:
+        rest_M1 = logits_MV.scatter(1, indices_Mk, float("-inf")).logsumexp(dim=-1, keepdim=True)
+        ctx.save_for_backward(logits_MV, indices_Mk, rest_M1)
+        return torch.cat([logits_MV.gather(1, indices_Mk), rest_M1], dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_MC: Tensor) -> tuple[Tensor, None]:
+        logits_MV, indices_Mk, rest_M1 = ctx.saved_tensors
+        found_MV = (logits_MV - rest_M1).exp_().mul_(gradient_MC[:, -1:])
+        return found_MV.scatter_(1, indices_Mk, gradient_MC[:, :-1]), None
+
+
 def _bucketed_log_probs(logits_MV: Tensor, indices_Mk: Tensor, temperature: float) -> Tensor:
-    """The full vocabulary is read once, for the rest's bucket; the softmax is over `k + 1` numbers."""
     logits_MV = logits_MV.float()
-    best_Mk = logits_MV.gather(1, indices_Mk)
     if temperature != 1.0:
-        best_Mk, logits_MV = best_Mk / temperature, logits_MV / temperature
-    rest_M1 = logits_MV.scatter(1, indices_Mk, float("-inf")).logsumexp(dim=-1, keepdim=True)
-    return torch.log_softmax(torch.cat([best_Mk, rest_M1], dim=-1), dim=-1)
+        logits_MV = logits_MV / temperature
+    return torch.log_softmax(_Buckets.apply(logits_MV, indices_Mk), dim=-1)
 
 
 def _check_temperature(temperature: float) -> None:

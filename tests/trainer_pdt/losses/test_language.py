@@ -55,6 +55,23 @@ def test_top_k_with_all_but_one_token_equals_the_full_kd():
     assert kd_lm(student, top_k_teacher(teacher, 2, 1.5), weights, 1.5) < full
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradient_of_top_k_is_that_of_the_sum_of_all_other_tokens(temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 9, requires_grad=True), top_k_teacher(torch.randn(5, 9), 3, temperature)
+    probs = (student / temperature).softmax(dim=-1)
+    best = probs.gather(1, teacher.indices_Mk)
+    rest = probs.scatter(1, teacher.indices_Mk, 0.0).sum(dim=-1, keepdim=True)
+    student_log_probs, target = torch.cat([best, rest], dim=-1).log(), teacher.log_probs_MC
+    by_hand = temperature**2 * (target.exp() * (target - student_log_probs)).sum(dim=-1)
+    value = token_kl(student, teacher, temperature)
+    torch.testing.assert_close(value, by_hand)
+    weights = torch.rand(5)
+    found, expected = (torch.autograd.grad((kl * weights).sum(), student)[0] for kl in (value, by_hand))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert expected.abs().max() > 1e-2
+
+
 def test_keep_close_counts_only_unmasked_tokens():
     assert keep_close(HALF, OTHER, torch.tensor([False, True])).item() == pytest.approx(0.0, abs=1e-7)
     assert keep_close(HALF, OTHER, torch.tensor([True, False])).item() == pytest.approx(0.25 * math.log(2), rel=1e-5)
