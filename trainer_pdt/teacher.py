@@ -19,7 +19,7 @@ from .losses import ChunkedLogits, TopKTeacher, join_teachers, token_ce, top_k_t
 EMA_FILE = "ema.safetensors"
 """File of a checkpoint with the averaged weights, where the run has an averaged teacher."""
 
-LOGIT_ROWS = 1024
+LOGIT_ROWS = 128
 """Positions whose logits exist at the same time where only their best tokens are kept."""
 
 

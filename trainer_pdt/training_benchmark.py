@@ -25,7 +25,7 @@ from .collator import PDTDataCollator
 from .curriculum import Curriculum
 from .evaluation.benchmark import ratio_summary, timed
 from .features import FeatureMaker, load_features
-from .losses import lm_ce, supervised_positions, supervised_values
+from .losses import supervised_positions, supervised_values
 from .telemetry import command_line, package_versions
 from .trainer import PDTTrainer
 
@@ -203,7 +203,7 @@ def plain_side(workload: Workload, name: str) -> Side:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
         hidden = stack(**inputs, use_cache=False).last_hidden_state
         targets = supervised_values(batch["labels"], batch["labels"])
-        loss = lm_ce(head(hidden[supervised_positions(batch["labels"])]), targets, torch.ones_like(targets).float())
+        loss = nn.functional.cross_entropy(head(hidden[supervised_positions(batch["labels"])]), targets)
         loss.backward()
         return finish(loss, parameters, optimizer)
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
 
 from .chunks import ChunkedLogits, by_chunk
 from .reductions import masked_mean, weighted_mean
+
+BUCKET_ROWS = 64
+"""Positions of which a copy of the logits exists at the same time."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def token_kl(logits_MV: Tensor | ChunkedLogits, teacher: Tensor | TopKTeacher, t
 
 
 def _ce(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    return cross_entropy(logits_MV.float(), targets_M, reduction="none")
+    return -_bucketed_log_probs(logits_MV, targets_M[:, None], 1.0)[:, 0]
 
 
 def _kl(logits_MV: Tensor, teacher: Tensor | TopKTeacher, temperature: float) -> Tensor:
@@ -167,13 +169,15 @@ def block_start_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor, offsets
 
 class _Buckets(torch.autograd.Function):
     """
-    Logits `[M, V]` as `[M, k + 1]`: those of k tokens and the log-sum-exp of all others, which is the only one to read
-    the whole vocabulary. Its gradient is made in one tensor of that size.
+    Logits `[M, V]` as `[M, k + 1]`: those of k tokens and the log-sum-exp of all others. Beside the logits themselves
+    nothing of the vocabulary's size is kept, and the gradient is the only other tensor of that size.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, indices_Mk: Tensor) -> Tensor:
-        rest_M1 = logits_MV.scatter(1, indices_Mk, float("-inf")).logsumexp(dim=-1, keepdim=True)
+        parts = zip(logits_MV.split(BUCKET_ROWS), indices_Mk.split(BUCKET_ROWS), strict=True)
+        rests = [part.scatter(1, indices, float("-inf")).logsumexp(dim=-1, keepdim=True) for part, indices in parts]
+        rest_M1 = torch.cat(rests)
         ctx.save_for_backward(logits_MV, indices_Mk, rest_M1)
         return torch.cat([logits_MV.gather(1, indices_Mk), rest_M1], dim=-1)
 
