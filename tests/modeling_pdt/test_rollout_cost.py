@@ -64,7 +64,7 @@ def test_snc_skips_tokens_before_the_first_reader():
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_heads_alone_say_the_same_and_reach_every_parameter(model, make_rollout, monkeypatch):
+def test_heads_alone_say_the_same_and_reach_every_parameter(model, make_rollout, process_group, monkeypatch):
     """DDP waits for the gradient of every parameter that it has seen in the output."""
     batch = make_rollout(items=4)
     rollout = replace(batch.rollout, wants_coverage=True, wants_agreement=True)
