@@ -5,7 +5,6 @@ folder (`agreement_thresholds.json`, `coverage_thresholds.json`, `generation_con
 """
 
 import logging
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -17,25 +16,10 @@ from trainer_pdt.calibration import save_calibration
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.report import read_training, write_report
+from trainer_pdt.evaluation.sections import DOCUMENTS_FILE, run_sections, take_documents
 from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import command_line, write_json
-
-SECTIONS = (
-    "recall",
-    "calibration",
-    "coverage",
-    "agreement",
-    "rollback",
-    "nli",
-    "teacher_forced",
-    "text",
-    "speed",
-    "examples",
-)
-KEYS = {"text": "text_ce"}
-NAMED = ("recall", "nli")
-"""Sections that name their keys themselves."""
 
 
 def main(args: list[str] | None = None) -> dict:
@@ -61,18 +45,19 @@ def main(args: list[str] | None = None) -> dict:
             "workers": arguments.workers,
         }
     }
+    if arguments.section_documents:
+        report["settings"]["section_documents"] = arguments.section_documents
     training = read_training(arguments.training_report) if arguments.training_report else None
     if training is not None:
         report["settings"]["training"] = training.get("training", {})
     with closing(evaluation.writers):
-        for section in SECTIONS:
-            started = time.perf_counter()
-            value = getattr(evaluation, section)()
-            report |= value if section in NAMED else {KEYS.get(section, section): value}
-            logging.info("%s: %.0f s", section, time.perf_counter() - started)
+        measured = run_sections(evaluation)
+    figures, documents = take_documents(measured)
+    report |= figures
     report["bars"] = check_bars(report)
+    write_json(folder / DOCUMENTS_FILE, documents, indent=None)
     write_json(folder / "evaluation.json", report)
-    if Path(arguments.model).is_dir():
+    if Path(arguments.model).is_dir() and "calibration" in report:
         save_calibration(model, report["calibration"], arguments.model)
     write_report(report, training, folder)
     for bar in report["bars"]:

@@ -1,4 +1,4 @@
-"""Trains the tiny GPT-OSS trunk on the procedural worlds, first on fact cards, then on text.
+"""Trains a tiny trunk on the procedural worlds, first on fact cards, then on text.
 
 python recipes/pretrain_trunk.py --config recipes/tiny/trunk.yaml
 """
@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import GptOssForCausalLM, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import command_line, write_json
@@ -63,8 +63,9 @@ def main() -> None:
     set_seed(training.seed)
 
     tokenizer = train_tokenizer(arguments.vocab_size, training.seed)
-    model = GptOssForCausalLM(trunk_config(arguments, tokenizer))
-    model.set_experts_implementation(arguments.experts_implementation)
+    model = AutoModelForCausalLM.from_config(trunk_config(arguments, tokenizer))
+    if arguments.model_type == "gpt_oss":
+        model.set_experts_implementation(arguments.experts_implementation)
     telemetry = {
         "command": f"python {command_line()}",
         "recipe": dataclasses.asdict(arguments) | training.to_dict(),

@@ -13,11 +13,9 @@ from .arguments import check_whole
 from .curriculum import Curriculum, check_choice
 from .evaluation.tables import Table, to_markdown
 from .parser import load_yaml
-from .telemetry import fingerprint, read_json
+from .runs import Run
 
 BASE, ALL_LOSSES = "base", "with_all_losses"
-RESULT_FILE = "result.json"
-
 HIGHER, LOWER = 1, -1
 MEASURES: dict[str, int] = {
     "sibling_value_accuracy": HIGHER,
@@ -109,55 +107,6 @@ class Case:
         if not entry.get("says"):
             raise ValueError(f"cases.{name} lacks `says`, allowed: words on what it changes.")
         return cls(**entry)
-
-
-@dataclass(frozen=True)
-class Run:
-    """
-    One training.
-
-    Args:
-        case (`str`): Name of the case.
-        seed (`int`): Of the training.
-        folder (`Path`): Holds its recipe, log, model and result.
-        recipe (`dict`): Complete recipe, `seed` and `output_dir` included.
-    """
-
-    case: str
-    seed: int
-    folder: Path
-    recipe: dict[str, Any]
-
-    @property
-    def model(self) -> Path:
-        """The training's `output_dir`."""
-        return self.folder / "model"
-
-    @property
-    def mark(self) -> str:
-        """Fingerprint of the settings, wherever they are run."""
-        return fingerprint({key: value for key, value in self.recipe.items() if key != "output_dir"})
-
-    def result(self) -> dict[str, Any] | None:
-        """What was measured with these settings, `None` where they have not been run."""
-        path = self.folder / RESULT_FILE
-        found = read_json(path) if path.is_file() else {}
-        return found if found.get("settings") == self.mark else None
-
-    def measured(self) -> dict[str, Any]:
-        """The result of the finished training in [`Run.model`], to be kept as `RESULT_FILE`."""
-        values = read_json(self.model / "eval_results.json")
-        manifest = read_json(self.model / "manifest.json")
-        return {
-            "settings": self.mark,
-            "seconds_per_step": read_json(self.model / "training_report.json")["seconds_per_step"],
-            "git": [entry["git"] for entry in (manifest, *manifest.get("continued", []))],
-            "measures": {
-                name.removeprefix("eval_"): value
-                for name, value in values.items()
-                if isinstance(value, int | float) and name.startswith("eval_")
-            },
-        }
 
 
 def case_recipe(arguments: AblationArguments, case: Case, root: Path) -> dict[str, Any]:

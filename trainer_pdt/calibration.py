@@ -6,6 +6,7 @@ Letters: N judgements, D documents, K thresholds, B bootstrap samples.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ THRESHOLDS = tuple(step / 50 for step in range(1, 50))
 ALLOWED_FALSE_ALARMS = 0.03
 """Share of sound blocks that may be written again for nothing: with about ten sound blocks to a contradictory
 one, most rewritings that a higher share would add are for nothing."""
+
+JUDGEABLE_FALSE_ALARMS = 0.05
+"""The same share among the sound blocks that repeat a fact that can be judged, the population of agreement's bars."""
 
 BINS = 10
 
@@ -190,6 +194,10 @@ RULES: dict[str, tuple[Callable[[Judgements, Tensor], Tensor], str]] = {
     "false_alarms": (
         threshold_by_false_alarms,
         f"the highest threshold that withdraws at most {ALLOWED_FALSE_ALARMS:.0%} of the sound blocks",
+    ),
+    "judgeable_false_alarms": (
+        partial(threshold_by_false_alarms, allowed=JUDGEABLE_FALSE_ALARMS),
+        f"the highest threshold that withdraws at most {JUDGEABLE_FALSE_ALARMS:.0%} of the sound judgeable blocks",
     ),
     "best_f1": (threshold_by_f1, "the threshold of 0.02, 0.04, ..., 0.98 with the best F1, the lowest of equals"),
 }

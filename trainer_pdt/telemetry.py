@@ -73,18 +73,19 @@ def _is_secret(key: Any, value: Any) -> bool:
     return value is not None and isinstance(key, str) and bool(_SECRET.search(key.lower()))
 
 
-def write_json(path: str | Path, data: Any) -> Path:
+def write_json(path: str | Path, data: Any, indent: int | None = 2) -> Path:
     """Write JSON so that a reader sees the old file or the new one, never a part.
 
     Args:
         path (`str` or `Path`): Target; missing folders are made.
         data (`Any`): Passed through `to_jsonable`.
+        indent (`int`, *optional*, defaults to 2): Spaces per level; `None` = all in one line.
 
     Returns:
         `Path`: The target.
     """
     path = Path(path)
-    text = json.dumps(to_jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(to_jsonable(data), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

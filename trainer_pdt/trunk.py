@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import GptOssConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer
 
+from .curriculum import check_choice, check_range
 from .data.schema import Document, Span
 from .data.worlds import WorldOptions, generate_document
 from .data.worlds_lexicon import (
@@ -33,6 +34,8 @@ from .render import Piece, render_prompt, render_row, render_sequential
 PAD, EOS = "<pad>", "<eos>"
 CARD_FORMS = ("The {c} {v}.",) * 10 + OWN_FRAMES + REFERENCE_FRAMES + OPENING_FRAMES
 IGNORE = -100
+FAMILIES = ("gpt_oss", "llama", "qwen3")
+"""Model types that a tiny trunk may have."""
 
 
 @dataclass
@@ -40,9 +43,10 @@ class TrunkArguments:
     """Sizes of the tiny trunk and the mixture it is trained on.
 
     Args:
+        model_type (`str`): Family, of `FAMILIES`; one without experts takes an MLP of `intermediate_size`.
         vocab_size (`int`): Tokens of the byte-level BPE.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size, num_experts, experts_per_token
-            (`int`): Sizes of the GPT-OSS trunk.
+            (`int`): Sizes of the trunk.
         max_positions (`int`): Longest row.
         rope_theta (`float`), initializer_range (`float`): As in `GptOssConfig`.
         experts_implementation (`str`): ``"eager"``, ``"batched_mm"`` or ``"grouped_mm"``.
@@ -50,6 +54,7 @@ class TrunkArguments:
         card_every, single_every (`int`): In the text stage every n-th pair of micro-batches ends with one of cards, or
             of single sections, instead of a second one of sequential rows.
         rows_sequential, rows_single, rows_cards (`int`): Rows per micro-batch.
+        p_foreign (`float`): Share of cards that give cues values of foreign types: only the cue can tell them.
         p_hard (`float`): Share of hard documents.
         p_other_streams (`float`): Share of documents with 2, 4, 5 or 6 instead of 3 sections.
         p_permuted (`float`): Share of sequential rows with sections in random order.
@@ -62,6 +67,7 @@ class TrunkArguments:
         eval_every (`int`): Optimizer steps between evaluations.
     """
 
+    model_type: str = "gpt_oss"
     vocab_size: int = 1216
     hidden_size: int = 128
     num_layers: int = 4
@@ -81,6 +87,7 @@ class TrunkArguments:
     rows_sequential: int = 8
     rows_single: int = 14
     rows_cards: int = 10
+    p_foreign: float = 0.1
     p_hard: float = 0.2
     p_other_streams: float = 0.1
     p_permuted: float = 0.67
@@ -90,6 +97,10 @@ class TrunkArguments:
     outline_weight: float = 0.3
     eval_documents: int = 48
     eval_every: int = 400
+
+    def __post_init__(self) -> None:
+        check_choice("model_type", self.model_type, FAMILIES)
+        check_range("p_foreign", self.p_foreign, 0.0, 1.0)
 
 
 @dataclass
@@ -107,9 +118,15 @@ class TrunkExample:
         self.weights += weights
 
 
-def trunk_config(arguments: TrunkArguments, tokenizer: PreTrainedTokenizerBase) -> GptOssConfig:
-    """Configuration of the tiny GPT-OSS trunk: full attention in every layer, plain rotary positions."""
-    return GptOssConfig(
+def trunk_config(arguments: TrunkArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Configuration of the tiny trunk: full attention in every layer, plain rotary positions."""
+    experts = {
+        "num_local_experts": arguments.num_experts,
+        "num_experts_per_tok": arguments.experts_per_token,
+        "layer_types": ["full_attention"] * arguments.num_layers,
+    }
+    return AutoConfig.for_model(
+        arguments.model_type,
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden_size,
         intermediate_size=arguments.intermediate_size,
@@ -117,9 +134,6 @@ def trunk_config(arguments: TrunkArguments, tokenizer: PreTrainedTokenizerBase) 
         num_attention_heads=arguments.num_heads,
         num_key_value_heads=arguments.num_kv_heads,
         head_dim=arguments.head_dim,
-        num_local_experts=arguments.num_experts,
-        num_experts_per_tok=arguments.experts_per_token,
-        layer_types=["full_attention"] * arguments.num_layers,
         max_position_embeddings=arguments.max_positions,
         rope_parameters={"rope_type": "default", "rope_theta": arguments.rope_theta},
         initializer_range=arguments.initializer_range,
@@ -127,6 +141,7 @@ def trunk_config(arguments: TrunkArguments, tokenizer: PreTrainedTokenizerBase) 
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        **(experts if arguments.model_type == "gpt_oss" else {}),
     )
 
 
@@ -200,10 +215,10 @@ class RowBuilder:
         return example
 
     def card(self, rng: random.Random, num_facts: int = 6, repeats: int = 3) -> TrunkExample:
-        """Facts of one domain, each stated `repeats` times; one card in ten gives cues values of foreign types."""
+        """Facts of one domain, each stated `repeats` times; some cards give cues values of foreign types."""
         domain = rng.choice(DOMAINS)
         cues = [cue for section in domain.sections for cue in (*section.core, section.hard)]
-        foreign = rng.random() < 0.1
+        foreign = rng.random() < self.arguments.p_foreign
         facts = {}
         for cue in rng.sample(cues, num_facts):
             facts[cue] = rng.choice(values_of(rng.choice(list(CUES)) if foreign else cue))

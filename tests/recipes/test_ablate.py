@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer_pdt import runs
 from trainer_pdt.telemetry import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +36,8 @@ def ablate(tmp_path, monkeypatch):
             raise subprocess.CalledProcessError(1, command)
         finish(folder, recipe["max_steps"], 0.5 + recipe["seed"] / 100)
 
-    monkeypatch.setattr(module.subprocess, "run", run)
-    monkeypatch.setattr(module, "write_training_report", lambda folder: None)
+    monkeypatch.setattr(runs.subprocess, "run", run)
+    monkeypatch.setattr(runs, "write_training_report", lambda folder: None)
     module.folder = tmp_path / "out"
     module.start = lambda *words: (module.ran.clear(), module.main([*OPTIONS, "--output", str(module.folder), *words]))
     return module
@@ -64,7 +65,7 @@ def test_everything_is_trained_once_and_reported(ablate, capsys):
     assert report["cases"]["base"]["measures"]["sibling_value_accuracy"]["values"] == [0.51, 0.52]
     assert "| with_use | base | +0.000 |" in (ablate.folder / "ablations.md").read_text(encoding="utf-8")
     ablate.start()
-    assert ablate.ran == [] and "4 of 4 trainings are kept, 0 to do" in capsys.readouterr().out
+    assert ablate.ran == [] and "4 of 4 runs are kept, 0 to do" in capsys.readouterr().out
 
 
 def test_a_change_repeats_what_it_concerns(ablate):

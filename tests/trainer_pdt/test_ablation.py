@@ -8,7 +8,6 @@ from modeling_pdt import PDTAdapterConfig
 from trainer_pdt.ablation import (
     BASE,
     MEASURES,
-    RESULT_FILE,
     AblationArguments,
     Case,
     bar_rows,
@@ -22,6 +21,7 @@ from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArgum
 from trainer_pdt.curriculum import LOSS_NAMES
 from trainer_pdt.evaluation_pass import mix_suffix
 from trainer_pdt.parser import RecipeParser, load_yaml
+from trainer_pdt.runs import RESULT_FILE
 from trainer_pdt.telemetry import write_json
 
 ROOT = Path(__file__).resolve().parents[2]

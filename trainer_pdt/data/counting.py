@@ -7,7 +7,7 @@ the same way. Standard library only.
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .schema import Document
@@ -118,12 +118,16 @@ class DocumentCounts:
 
 @dataclass(frozen=True)
 class Rate:
-    """A share with its document-cluster bootstrap interval (95 %); all `None` when `n` is 0."""
+    """A share with its document-cluster bootstrap interval (95 %); all `None` when `n` is 0.
+
+    `clusters` are the (successes, trials) that it was counted from, one pair per document, empty ones included.
+    """
 
     mean: float | None
     low: float | None
     high: float | None
     n: int
+    clusters: tuple[tuple[float, float], ...] = field(default=(), repr=False, compare=False)
 
 
 def count_document(
@@ -185,10 +189,11 @@ def bootstrap_rate(
     clusters: Iterable[tuple[int, int]], resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Rate:
     """Share of successes over (successes, trials) pairs, one per document, with a cluster bootstrap interval."""
-    pairs = [pair for pair in clusters if pair[1]]
+    every = tuple(clusters)
+    pairs = [pair for pair in every if pair[1]]
     trials = sum(total for _, total in pairs)
     if not trials:
-        return Rate(None, None, None, 0)
+        return Rate(None, None, None, 0, every)
     rng, rates = random.Random(seed), []
     for _ in range(resamples):
         sample = rng.choices(pairs, k=len(pairs))
@@ -196,7 +201,7 @@ def bootstrap_rate(
     rates.sort()
     tail = (1 - level) / 2
     low, high = rates[int(tail * resamples)], rates[min(int((1 - tail) * resamples), resamples - 1)]
-    return Rate(sum(hit for hit, _ in pairs) / trials, low, high, trials)
+    return Rate(sum(hit for hit, _ in pairs) / trials, low, high, trials, every)
 
 
 def reference_rate(

@@ -2,6 +2,21 @@
 
 from dataclasses import dataclass, field
 
+from ..arguments import check_whole
+from ..curriculum import check_choice, check_range
+
+STANDARD_SECTIONS = (
+    *("recall", "calibration", "coverage", "agreement", "rollback", "nli", "teacher_forced", "text", "speed"),
+    "examples",
+)
+"""What an evaluation measures unless it is told otherwise, in order."""
+
+FURTHER_SECTIONS = ("heldout_values", "note_text", "two_hop", "curves", "rollback_controls")
+"""Measurements that need documents of their own; `section_documents` says how many."""
+
+CURVE_FACTORS = ("bus_lag", "num_streams", "block_size", "bus_capacity", "agreement_threshold")
+"""Options of decoding that a curve may vary."""
+
 
 @dataclass
 class EvaluationArguments:
@@ -10,7 +25,7 @@ class EvaluationArguments:
 
     Args:
         model (`str`): Folder or Hub repository of the adapters.
-        output_folder (`str`): Receives `evaluation.json`.
+        output_folder (`str`): Receives `evaluation.json` and, for statistics over several runs, `documents.json`.
         core_documents, hard_documents (`int`): Held-out documents per kind.
         calibration_documents (`int`): Validation documents on which the agreement threshold is set.
         speed_documents (`int`): Documents of the wall-clock comparisons.
@@ -23,6 +38,12 @@ class EvaluationArguments:
         training_report (`str`, *optional*): `training_report.json` of the run, quoted in the settings.
         nli_scorer (`str`, *optional*): Judges whether sections contradict each other: `"worlds"`, or folder or Hub id
             of a classifier, see `trainer_pdt.nli`; missing = not judged.
+        sections (`list[str]`, *optional*): What to measure, of `STANDARD_SECTIONS` (missing = these) and
+            `FURTHER_SECTIONS`.
+        section_documents (`dict[str, int]`, *optional*): Documents of each further section that is measured.
+        curves (`dict[str, list]`, *optional*): Values of each of `CURVE_FACTORS` that the section `curves` varies.
+        resume (`bool`, *optional*, defaults to `False`): Keep the sections that an earlier call with the same
+            arguments and the same adapters has finished in `output_folder`.
     """
 
     model: str = field(default="build/demo/model", metadata={"help": "Folder or repository of the adapters."})
@@ -38,6 +59,16 @@ class EvaluationArguments:
     workers: int = field(default=1, metadata={"help": "Processes that write documents and share the threads."})
     training_report: str | None = field(default=None, metadata={"help": "training_report.json of the run."})
     nli_scorer: str | None = field(default=None, metadata={"help": "Scorer of contradictions: worlds, or a model."})
+    sections: list[str] = field(
+        default_factory=lambda: list(STANDARD_SECTIONS), metadata={"help": "What to measure, in order."}
+    )
+    section_documents: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Documents of each further section."}
+    )
+    curves: dict[str, list[int | float]] = field(
+        default_factory=dict, metadata={"help": "Values by factor of decoding, for the section curves."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Keep the sections that are finished."})
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("core_documents", "calibration_documents", "speed_documents", "decode_batch"), 2)
@@ -48,3 +79,35 @@ class EvaluationArguments:
         }.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
+        self._check_sections()
+        self._check_curves()
+
+    def _check_sections(self) -> None:
+        for name in self.sections:
+            check_choice("sections", name, (*STANDARD_SECTIONS, *FURTHER_SECTIONS))
+        if not self.sections or len(set(self.sections)) != len(self.sections):
+            raise ValueError(f"sections={self.sections}, allowed: one or more different ones.")
+        wanted = {name for name in self.sections if name in FURTHER_SECTIONS}
+        if wanted != self.section_documents.keys():
+            raise ValueError(
+                f"section_documents={self.section_documents}, allowed: a number of documents for each of "
+                f"{sorted(wanted) or 'no section, none of the further ones is measured'}."
+            )
+        for name, count in self.section_documents.items():
+            check_whole(f"section_documents.{name}", count, 2)
+        if self.resume and self.nli_scorer is not None:
+            raise ValueError("resume=True, allowed: False with nli_scorer, which judges what other sections wrote.")
+
+    def _check_curves(self) -> None:
+        if bool(self.curves) != ("curves" in self.sections):
+            raise ValueError(f"curves={self.curves}, allowed: values with the section 'curves', none without it.")
+        for factor, values in self.curves.items():
+            check_choice("curves", factor, CURVE_FACTORS)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"curves.{factor}={values}, allowed: one or more different values.")
+            for value in values:
+                if factor == "agreement_threshold":
+                    check_range(f"curves.{factor}", value, 0.0, 1.0)
+                else:
+                    low, high = (2, 6) if factor == "num_streams" else (1, None)
+                    check_whole(f"curves.{factor}", value, low, high)

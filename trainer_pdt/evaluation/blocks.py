@@ -21,6 +21,9 @@ from ..data.worlds_parser import parse_section
 from ..features import FeatureMaker
 from .modes import batches
 
+Decisions = list[list[tuple[float, bool]]]
+"""`(probability, truth)` by document."""
+
 
 @dataclass(frozen=True)
 class BlockScore:
@@ -168,13 +171,30 @@ def _log_probability(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     return logits_MV.float().log_softmax(-1).gather(1, targets_M[:, None]).squeeze(1)
 
 
-def judgeable(scores: Sequence[BlockScore], value: Callable[[BlockScore], float]) -> tuple[list[float], list[bool]]:
-    """Scores and labels over the judgeable blocks."""
-    chosen = [score for score in scores if score.judgeable]
-    return [value(score) for score in chosen], [score.contradicts for score in chosen]
+def block_decisions(
+    scores: Sequence[BlockScore],
+    documents: int,
+    stands: Callable[[BlockScore], float],
+    only_judgeable: bool = True,
+) -> Decisions:
+    """
+    `(score, may stand)` of the blocks of each document; documents without a block have none.
+
+    Args:
+        scores (`Sequence[BlockScore]`): Blocks of all documents.
+        documents (`int`): How many there are.
+        stands (`Callable`): What speaks for the block.
+        only_judgeable (`bool`, *optional*, defaults to `True`): Leave out blocks that repeat nothing that could be
+            judged.
+    """
+    decisions: Decisions = [[] for _ in range(documents)]
+    for score in scores:
+        if score.judgeable or not only_judgeable:
+            decisions[score.document].append((stands(score), not (score.judgeable and score.contradicts)))
+    return decisions
 
 
-def agreement_decisions(scores: Sequence[BlockScore]) -> list[list[tuple[float, bool]]]:
+def agreement_decisions(scores: Sequence[BlockScore]) -> Decisions:
     """Per document `(agreement, may stand)` of every block: decoding judges all, most have nothing to deny."""
     documents: dict[int, list[tuple[float, bool]]] = {}
     for score in scores:

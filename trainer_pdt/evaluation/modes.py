@@ -25,6 +25,7 @@ from modeling_pdt.interventions import (
 
 from ..data.counting import StreamText
 from ..data.schema import Document
+from ..data.worlds_parser import parse_section
 from ..render import render_header, render_outline, render_prompt, render_request
 
 # Interventions of the parallel modes; a mode starts from the trained model with the bus on.
@@ -235,6 +236,24 @@ def continue_rows(
         )
 
 
+def notes_as_text(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], blocks: Sequence[tuple], slots: int
+) -> list[int]:
+    """
+    What a section says, with no more tokens per block than a block has notes: its facts, found by the parser.
+
+    A block that completes facts is told as "cue value, cue value" in their order, of which the last `slots` tokens are
+    kept, so that a value goes last; a block that completes none is told as nothing. This is the most favourable text
+    of that size: a real writer would have to find the facts itself.
+    """
+    section = section_text(tokenizer, token_ids, blocks)
+    told: list[list[str]] = [[] for _ in blocks]
+    for mention in parse_section(section.text):
+        told[min(section.round_of(mention.end - 1), len(blocks) - 1)].append(f"{mention.cue} {mention.value}")
+    encoded = [tokenizer(" " + ", ".join(facts), add_special_tokens=False)["input_ids"] for facts in told if facts]
+    return [token for tokens in encoded for token in tokens[-slots:]]
+
+
 @torch.no_grad()
 def write_full_text(
     model: PDTForParallelDecoding,
@@ -244,6 +263,7 @@ def write_full_text(
     batch_size: int = 32,
     seed: int = 0,
     max_new_tokens: int = 110,
+    slots: int | None = None,
     **options: Any,
 ) -> Written:
     """
@@ -251,6 +271,11 @@ def write_full_text(
 
     A stream's context is the prompt, every sibling's header and text so far, then its own header and text: what a bus
     could carry at most, at the price of a prefill per round.
+
+    Args:
+        block_size (`int`): Tokens of a round.
+        slots (`int`, *optional*): In place of a sibling's text, [`notes_as_text`] with so many tokens per block;
+            missing = the whole text.
     """
     written = Written()
     for batch in batches(documents, batch_size):
@@ -270,7 +295,12 @@ def write_full_text(
                 prefix = list(prompts[index])
                 for other, (document, sibling) in enumerate(rows):
                     if document == index and sibling != stream and texts[other]:
-                        prefix += headers[other] + texts[other]
+                        seen = (
+                            texts[other]
+                            if slots is None
+                            else notes_as_text(tokenizer, texts[other], blocks[other], slots)
+                        )
+                        prefix += headers[other] + seen
                 prefixes.append(prefix + headers[row] + texts[row])
             round_seed = seed + 1000 * len(blocks[open_rows[0]])
             # A row that is open has written whole blocks only, as many as every other open row.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..telemetry import MANIFEST_FILE, STAGE_HISTORY_FILE, read_json
+from .further_tables import FURTHER_TABLES
 from .page import Section, answer_of, render_page
 from .plots import plot_agreement, plot_coverage, plot_learning, plot_recall, plot_timeline
 from .tables import (
@@ -134,6 +135,7 @@ def sections_of(evaluation: Mapping[str, Any], figures: Mapping[str, Path | None
         ("Sibling-fact recall", (recall_table, timing_table), ("recall",)),
         ("Coverage and agreement", (heads_table, calibration_table), ("agreement", "coverage")),
         ("Rollback", (rollback_table, nli_table), ()),
+        ("Bounds and factors of decoding", FURTHER_TABLES, ()),
         ("Notes, sections given", (health_table, mixes_table), ()),
         ("Text and plan", (text_table,), ()),
         ("Speed", (speed_table,), ()),
@@ -224,7 +226,8 @@ def markdown_of(evaluation: Mapping[str, Any], figures: Sequence[Path], folder: 
         folder (`Path`): Where the file will lie.
     """
     blocks = [f"# {TITLE}\n", *(line + "\n" for line in summary_of(evaluation))]
-    blocks += [to_markdown(table) for table in all_tables(evaluation)]
+    further = [table for table in (maker(evaluation) for maker in FURTHER_TABLES) if table.rows]
+    blocks += [to_markdown(table) for table in (*all_tables(evaluation), *further)]
     blocks += [f"![{path.stem.replace('_', ' ')}]({path.relative_to(folder).as_posix()})\n" for path in figures]
     commands = commands_of(evaluation)
     if commands:

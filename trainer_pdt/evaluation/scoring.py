@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 from ..data.counting import (
@@ -18,11 +17,14 @@ from ..data.schema import Document
 from ..data.worlds_parser import parse_section
 
 TIMINGS = ("feasible", "pending", "same", "late", "evicted")
+KNOWN_TIMINGS = ("feasible", "pending", "same")
+"""Timings of references that the commit gate can know to be wrong: the fact was stated by the end of the round."""
 
 
 def rate_dict(rate: Rate) -> dict[str, Any]:
-    """`{mean, low, high, n}`."""
-    return asdict(rate)
+    """`{mean, low, high, n}` and, where it was counted by document, its `clusters`."""
+    entry = asdict(rate)
+    return entry if rate.clusters else {name: value for name, value in entry.items() if name != "clusters"}
 
 
 def count_written(
@@ -90,6 +92,19 @@ def plan_adherence(counts: Sequence[DocumentCounts]) -> dict[str, dict[str, Any]
     }
 
 
+def stated_relative(documents: Sequence[Document], counts: Sequence[DocumentCounts]) -> dict[str, Any]:
+    """
+    Owned items stated, relative to the documents' own texts, which leave out about one item in eight by chance.
+
+    A ratio of numbers of items, so it may pass 1.
+    """
+    pairs = []
+    for document, count in zip(documents, counts, strict=True):
+        own = {s.item_id for stream in document.streams for s in stream.spans if s.owner == stream.stream_id}
+        pairs.append((len(count.stated_items), len(own)))
+    return rate_dict(bootstrap_rate(pairs))
+
+
 def coverage_decisions(
     documents: Sequence[Document], texts: Sequence[Sequence[StreamText]], events: Sequence[Sequence[dict]]
 ) -> list[list[tuple[float, bool]]]:
@@ -154,12 +169,12 @@ def best_f1_threshold(curve: Sequence[Sequence[float]]) -> float:
 
 def rollback_counts(counts: Sequence[DocumentCounts], events: Sequence[Sequence[dict]]) -> dict[str, Any]:
     """Consistent and contradictory references, the same-round rate, and blocks rolled back."""
-    judged = [r for count in counts for r in count.select(None, lambda r: r.timing in ("feasible", "pending", "same"))]
+    judged = [r for count in counts for r in count.select(None, lambda r: r.timing in KNOWN_TIMINGS)]
     consistent = sum(reference.consistent for reference in judged)
     return {
         "consistent": consistent,
         "contradictory": len(judged) - consistent,
-        "rate": rate_dict(_rate(counts, lambda r: r.timing in ("feasible", "pending", "same"))),
+        "rate": rate_dict(_rate(counts, lambda r: r.timing in KNOWN_TIMINGS)),
         "same_round": rate_dict(reference_rate(counts, "same")),
         "blocks_rolled": sum(event["kind"] == "rollback" for trace in events for event in trace),
         "blocks": sum(event["kind"] == "commit" for trace in events for event in trace),
@@ -182,11 +197,3 @@ def roc(scores: Sequence[float], labels: Sequence[bool]) -> list[list[float]]:
         if index + 1 == len(ranked) or ranked[index + 1][0] != score:
             points.append([alarms / negatives, hits / positives])
     return points
-
-
-def auroc(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
-    """Area under [`roc`]; `None` unless both classes are there."""
-    points = roc(scores, labels)
-    if not points:
-        return None
-    return sum((right[0] - left[0]) * (right[1] + left[1]) / 2 for left, right in pairwise(points))

@@ -16,7 +16,6 @@ from ..calibration import Judgements, assess, calibrate
 from ..collator import PDTDataCollator
 from ..data.counting import DocumentCounts, bootstrap_rate, matching_chance, reference_rate
 from ..data.schema import Document
-from ..data.worlds import WorldOptions, generate_document
 from ..evaluation_pass import BUS_MIXES, TeacherForcedMetrics
 from ..features import FeatureMaker, collect_values
 from ..losses import supervised_positions
@@ -26,6 +25,7 @@ from .arguments import EvaluationArguments
 from .bars import CHANCE_MODES
 from .benchmark import overhead_vs_shared_prefill, parallel_vs_single
 from .consistency import NLI_MARGIN, judged_answers, nli_measures
+from .documents import held_out_documents
 from .examples import describe_answer
 from .modes import (
     PARALLEL_MODES,
@@ -38,17 +38,14 @@ from .modes import (
     write_swapped,
 )
 from .scoring import (
-    auroc,
     count_written,
     coverage_decisions,
     plan_adherence,
-    precision_recall,
-    precision_recall_curve,
     rate_dict,
     reference_classes,
-    roc,
     rollback_counts,
     select_kind,
+    stated_relative,
     swapped_rates,
 )
 from .writers import Writers
@@ -60,21 +57,6 @@ VALUE_DOCUMENTS = 1000
 
 CHANCE_DOCUMENTS = 2000
 """Training documents of each kind on which chance is measured."""
-
-ROC_POINTS = 200
-
-
-def held_out_documents(split: str, core: int, hard: int, with_notes: bool = False, **options: Any) -> list[Document]:
-    """The first documents of a split: core ones, then hard ones."""
-    plain, many = WorldOptions(**options), WorldOptions(**{**options, "hard": True})
-    kinds = [plain] * core + [many] * hard
-    return [generate_document(split, index, kind, with_notes=with_notes) for index, kind in enumerate(kinds)]
-
-
-def thinned(points: list[list[float]], count: int) -> list[list[float]]:
-    """About `count` of the points, evenly taken, the last one among them."""
-    step = max(1, -(-len(points) // count))
-    return points[::step] + (points[-1:] if (len(points) - 1) % step else [])
 
 
 class Evaluation:
@@ -113,7 +95,7 @@ class Evaluation:
             documents = self.control_documents if mode in CHANCE_MODES else self.documents
             logger.info("writing %d documents: %s", len(documents), mode)
             options = {"agreement_threshold": None, **options}
-            self._keep(mode, self.writers(write_parallel, documents, **self._common(), **options), documents)
+            self.keep(mode, self.writers(write_parallel, documents, **self.common(), **options), documents)
         return self.written[mode]
 
     def calibration(self) -> dict[str, Any]:
@@ -127,18 +109,29 @@ class Evaluation:
         if self._calibration is None:
             logger.info("calibrating on %d validation documents", self.arguments.calibration_documents)
             documents = held_out_documents("validation", self.arguments.calibration_documents, 0)
-            written = self.writers(write_parallel, documents, agreement_threshold=None, **self._common())
+            written = self.writers(write_parallel, documents, agreement_threshold=None, **self.common())
             own = self.score(block_scores.documents_from_texts(documents, written.texts))
             covered = Judgements.of(coverage_decisions(documents, written.texts, written.events), finds=True)
             stands = Judgements.of(block_scores.agreement_decisions(own), finds=False)
             self._calibration = {}
             for head, judgements, rule in (("agreement", stands, "false_alarms"), ("coverage", covered, "best_f1")):
                 self._set_threshold(head, judgements, rule)
+            agrees = block_scores.block_decisions(own, len(documents), lambda score: 1 - score.disagreement)
+            judgeable = Judgements.of(agrees, finds=False)
+            if bool(judgeable.truth_N.any()):
+                self._calibration["agreement_judgeable"] = calibrate(judgeable, "judgeable_false_alarms")
             planted = block_scores.agreement_decisions(self.score(documents, "corrupted"))
             threshold = self.model.generation_config.agreement_threshold
             if planted and threshold is not None:
                 self._calibration["agreement_planted"] = assess(Judgements.of(planted, finds=False), threshold)
         return self._calibration
+
+    def adopt_calibration(self, calibration: dict[str, Any]) -> None:
+        """Takes over the section `calibration` of an earlier call, thresholds included."""
+        self._calibration = calibration
+        for head in ("agreement", "coverage"):
+            if head in calibration:
+                setattr(self.model.generation_config, f"{head}_threshold", calibration[head]["threshold"]["mean"])
 
     def _set_threshold(self, head: str, judgements: Judgements, rule: str) -> None:
         config, name = self.model.generation_config, f"{head}_threshold"
@@ -149,10 +142,12 @@ class Evaluation:
         self._calibration[head] = calibrate(judgements, rule)
         setattr(config, name, self._calibration[head]["threshold"]["mean"])
 
-    def _common(self) -> dict[str, int]:
+    def common(self) -> dict[str, int]:
+        """Options of every way of writing."""
         return {"batch_size": self.arguments.decode_batch, "seed": self.arguments.eval_seed}
 
-    def _keep(self, mode: str, written: Written, documents: Sequence[Document]) -> None:
+    def keep(self, mode: str, written: Written, documents: Sequence[Document]) -> None:
+        """Keeps what a mode wrote, and its counts."""
         self.written[mode] = written
         self.counts[mode] = count_written(documents, written.texts, self.lag, self.capacity)
 
@@ -162,10 +157,10 @@ class Evaluation:
             self.write(mode, interventions=make())
         self.write("independent", trunk_only=True)
         logger.info("writing sequentially, and with full text shared")
-        self._keep("sequential", self.writers(write_sequential, self.documents, **self._common()), self.documents)
+        self.keep("sequential", self.writers(write_sequential, self.documents, **self.common()), self.documents)
         block_size = self.model.config.block_size
-        shared = self.writers(write_full_text, self.documents, block_size=block_size, **self._common())
-        self._keep("full_text", shared, self.documents)
+        shared = self.writers(write_full_text, self.documents, block_size=block_size, **self.common())
+        self.keep("full_text", shared, self.documents)
         recall = {mode: rate_dict(reference_rate(counts)) for mode, counts in self.counts.items()}
         for mode in ("pdt", "sequential", "full_text"):
             for kind in ("core", "hard"):
@@ -184,7 +179,10 @@ class Evaluation:
                 "overall": sum(chance.get(cue, 0.0) for cue in feasible) / max(1, len(feasible)),
                 "by_cue": chance,
             },
-            "plan": plan_adherence(self.counts["pdt"]),
+            "plan": {
+                **plan_adherence(self.counts["pdt"]),
+                "owned_stated_relative": stated_relative(self.documents, self.counts["pdt"]),
+            },
         }
 
     def _references(self, mode: str) -> float:
@@ -195,63 +193,12 @@ class Evaluation:
         logger.info("writing with swapped notes")
         documents = self.control_documents
         pairs = list(zip(documents, twin_prompts(documents, self.tokenizer), strict=True))
-        own, other = self.writers(write_swapped, pairs, agreement_threshold=None, **self._common())
+        own, other = self.writers(write_swapped, pairs, agreement_threshold=None, **self.common())
         return swapped_rates(documents, own.texts, other.texts, self.lag, self.capacity)
-
-    def coverage(self) -> dict[str, Any]:
-        """Section `coverage`: own items at the end of every block, on the model's own text."""
-        self.calibration()
-        threshold = self.model.generation_config.coverage_threshold
-        written = self.write("pdt")
-        decisions = coverage_decisions(self.documents, written.texts, written.events)
-        documents = held_out_documents("test", self.arguments.core_documents, 0, heldout_wordings=True)
-        logger.info("writing %d documents with plan wordings never trained on", len(documents))
-        unseen = self.writers(write_parallel, documents, agreement_threshold=None, **self._common())
-        return {
-            **precision_recall(decisions, threshold),
-            "heldout_wordings": precision_recall(
-                coverage_decisions(documents, unseen.texts, unseen.events), threshold
-            ),
-            "curve": precision_recall_curve(decisions),
-            "threshold": threshold,
-        }
-
-    def agreement(self) -> dict[str, Any]:
-        """Section `agreement`: planted contradictions and the model's own text, with controls."""
-        self.calibration()
-        threshold = self.model.generation_config.agreement_threshold
-        if threshold is None:
-            raise ValueError("agreement_threshold is None and could not be calibrated; give more documents.")
-        logger.info("scoring blocks: planted contradictions, own text")
-        planted = self.score(self.documents, "corrupted")
-        generated = self.score(block_scores.documents_from_texts(self.documents, self.write("pdt").texts))
-        result: dict[str, Any] = {"threshold": threshold, "controls": {}}
-        for name, scores in (("planted", planted), ("generated", generated)):
-            suffix = "" if name == "planted" else "_generated"
-            values, labels = block_scores.judgeable(scores, lambda s: s.disagreement)
-            result[f"auroc{suffix}"] = auroc(values, labels)
-            result[f"roc{suffix}"] = thinned(roc(values, labels), ROC_POINTS)
-            result[f"zeroed_notes{suffix}"] = auroc(*block_scores.judgeable(scores, lambda s: s.zeroed))
-            result["controls"][f"logp_gap{suffix}"] = auroc(*block_scores.judgeable(scores, lambda s: s.logp_gap))
-            every = [float(s.judgeable) for s in scores], [s.contradicts for s in scores]
-            result["controls"][f"reference_present{suffix}"] = auroc(*every)
-            result[f"blocks{suffix}"], result[f"positives{suffix}"] = len(labels), sum(labels)
-        clean = [s for s in generated if s.judgeable and not s.contradicts]
-        wrong = [s for s in generated if s.judgeable and s.contradicts]
-        result["false_rollback"] = self._flagged(clean, threshold)
-        result["repaired"] = self._flagged(wrong, threshold)
-        return result
 
     def score(self, documents: Sequence[Document], view: str = "clean") -> list[block_scores.BlockScore]:
         """Blocks of documents, see [`score_blocks`]."""
         return block_scores.score_blocks(self.model, self.features, documents, view)
-
-    @staticmethod
-    def _flagged(scores: Sequence[block_scores.BlockScore], threshold: float) -> dict[str, Any]:
-        by_document: dict[int, list[bool]] = {}
-        for score in scores:
-            by_document.setdefault(score.document, []).append(1 - score.disagreement < threshold)
-        return rate_dict(bootstrap_rate((sum(flags), len(flags)) for flags in by_document.values()))
 
     def rollback(self) -> dict[str, Any]:
         """Section `rollback`: the calibrated gate, beside no gate, stale notes, and blocks chosen at random."""
@@ -291,7 +238,7 @@ class Evaluation:
     def text(self) -> dict[str, Any]:
         """Section `text_ce`: cross-entropy and divergence from the trunk on tokens that are no sibling facts."""
         collator = PDTDataCollator.from_config(self.model.config, self.tokenizer)
-        sums = {"pdt": 0.0, "trunk": 0.0, "kl": 0.0, "tokens": 0}
+        sums: list[list[float]] = []
         for batch in batches(self.documents, 16):
             inputs = collator([self.features(document) for document in batch])
             rollout = build_rollout(inputs, self.model.config)
@@ -309,12 +256,23 @@ class Evaluation:
             log_pdt = out.logits.log_softmax(-1)[other]
             log_trunk = self.model(tap=out.tap, logits_mask=wanted).logits.log_softmax(-1)[other]
             tokens = targets.tokens_M[other, None]
-            sums["pdt"] -= float(log_pdt.gather(1, tokens).sum())
-            sums["trunk"] -= float(log_trunk.gather(1, tokens).sum())
-            sums["kl"] += float((log_trunk.exp() * (log_trunk - log_pdt)).sum())
-            sums["tokens"] += int(other.sum())
-        count = sums.pop("tokens")
-        return {**{name: value / count for name, value in sums.items()}, "tokens": count}
+            values = (
+                *(-log.gather(1, tokens).squeeze(1) for log in (log_pdt, log_trunk)),
+                (log_trunk.exp() * (log_trunk - log_pdt)).sum(-1),
+                torch.ones(len(tokens)),
+            )
+            document_M = wanted.nonzero()[:, 0][other] // rollout.num_streams
+            blank = torch.zeros(len(batch), dtype=torch.float64)
+            sums += torch.stack([blank.index_add(0, document_M, v.double()) for v in values], dim=1).tolist()
+        pdt, trunk, divergence, count = (sum(column) for column in zip(*sums, strict=True))
+        return {
+            "pdt": pdt / count,
+            "trunk": trunk / count,
+            "kl": divergence / count,
+            "divergence": rate_dict(bootstrap_rate((kl, int(tokens)) for *_, kl, tokens in sums)),
+            "excess": rate_dict(bootstrap_rate((mine - its, int(tokens)) for mine, its, _, tokens in sums)),
+            "tokens": int(count),
+        }
 
     def speed(self) -> dict[str, Any]:
         """

@@ -42,6 +42,8 @@ FLAGS: dict[str, str] = {
     "head": "agreement head, fresh notes",
     "head_stale": "agreement head, stale notes (control)",
     "random": "random blocks, fresh notes (control)",
+    "oracle": "exactly the contradicting blocks, fresh notes (control)",
+    "oracle_stale": "exactly the contradicting blocks, stale notes (control)",
 }
 """What decides on a rollback."""
 
@@ -134,11 +136,12 @@ def timing_table(evaluation: Mapping[str, Any]) -> Table:
 def heads_table(evaluation: Mapping[str, Any]) -> Table:
     """Coverage and agreement heads with their controls."""
     coverage, agreement = part(evaluation, "coverage"), part(evaluation, "agreement")
-    wordings = part(coverage, "heldout_wordings")
+    wordings, point = part(coverage, "heldout_wordings"), part(agreement, "operating_point")
     rows = _rows(
         [
             ("coverage precision", coverage.get("precision")),
             ("coverage recall", coverage.get("recall")),
+            ("coverage, area under precision-recall", coverage.get("average_precision")),
             ("coverage precision, plan wordings never trained", wordings.get("precision")),
             ("coverage recall, plan wordings never trained", wordings.get("recall")),
             *_agreement_rows(agreement, "", "planted contradictions"),
@@ -146,6 +149,9 @@ def heads_table(evaluation: Mapping[str, Any]) -> Table:
             ("contradicting blocks flagged at the threshold", agreement.get("repaired")),
             ("sound blocks flagged at the threshold", agreement.get("false_rollback")),
             ("agreement threshold", agreement.get("threshold")),
+            ("contradicting blocks flagged at the operating point", point.get("repaired")),
+            ("sound blocks flagged at the operating point", point.get("false_rollback")),
+            ("threshold of the operating point", point.get("threshold")),
         ]
     )
     counts = [
@@ -164,6 +170,7 @@ def calibration_table(evaluation: Mapping[str, Any]) -> Table:
     labels = {
         "coverage": "coverage",
         "agreement": "agreement, own text",
+        "agreement_judgeable": "agreement, judgeable blocks of own text",
         "agreement_planted": "agreement, planted contradictions",
     }
     names = ("threshold", "precision", "recall", "f1", "auroc", "average_precision", "expected_calibration_error")
@@ -207,6 +214,7 @@ def _agreement_rows(agreement: Mapping[str, Any], suffix: str, text: str) -> lis
     controls = part(agreement, "controls")
     return [
         (f"agreement AUROC, {text}", agreement.get(f"auroc{suffix}")),
+        ("- expected calibration error", agreement.get(f"expected_calibration_error{suffix}")),
         ("- control: head with zeroed notes", agreement.get(f"zeroed_notes{suffix}")),
         ("- control: 'block holds a reference'", controls.get(f"reference_present{suffix}")),
         ("- control: log p(no bus) - log p(fresh notes)", controls.get(f"logp_gap{suffix}")),
@@ -253,8 +261,10 @@ def text_table(evaluation: Mapping[str, Any]) -> Table:
         [
             ("cross-entropy on other tokens, PDT (nats)", text.get("pdt")),
             ("cross-entropy on other tokens, trunk (nats)", text.get("trunk")),
-            ("KL from the trunk on other tokens (nats)", text.get("kl")),
+            ("KL from the trunk on other tokens (nats)", text.get("divergence", text.get("kl"))),
+            ("excess cross-entropy on other tokens (nats)", text.get("excess")),
             ("owned items stated", plan.get("owned_stated")),
+            ("owned items stated, relative to the documents' own texts", plan.get("owned_stated_relative")),
             ("mentions that are on the plan", plan.get("mentions_on_plan")),
             ("mentions with a value of the cue's pool", plan.get("valid_values")),
         ]

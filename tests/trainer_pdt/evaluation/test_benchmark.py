@@ -16,9 +16,10 @@ from trainer_pdt.evaluation import suite
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.benchmark import overhead_vs_shared_prefill, parallel_vs_single, ratio_summary, timed
-from trainer_pdt.evaluation.blocks import BlockScore
+from trainer_pdt.evaluation.documents import held_out_documents
+from trainer_pdt.evaluation.heads import agreement, coverage, flagged, thinned
 from trainer_pdt.evaluation.modes import PARALLEL_MODES
-from trainer_pdt.evaluation.suite import Evaluation, held_out_documents, thinned
+from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.trunk import TrunkArguments, trunk_config
 
 TRUNK = Path(__file__).parents[3] / "recipes/tiny/trunk"
@@ -151,12 +152,13 @@ def test_thinned_keeps_both_ends():
     assert thinned([], 4) == []
 
 
-def test_flagged_share():
-    agreements = [(0, 0.1), (0, 0.6), (1, 0.7), (2, 0.5)]
-    scores = [BlockScore(document, 0, 0, False, True, 1 - value, 0.5, 0.0) for document, value in agreements]
-    rate = Evaluation._flagged(scores, 0.5)
-    assert (rate["mean"], rate["n"]) == (0.25, 4)
-    assert Evaluation._flagged([], 0.5)["mean"] is None
+def test_flagged_shares_of_sound_and_of_contradicting_blocks():
+    decisions = [[(0.1, True), (0.6, True), (0.2, False)], [(0.7, True)], [], [(0.5, True), (0.9, False)]]
+    shares = flagged(decisions, 0.5)
+    assert (shares["false_rollback"]["mean"], shares["false_rollback"]["n"]) == (0.25, 4)
+    assert shares["false_rollback"]["clusters"] == ((1, 2), (0, 1), (0, 0), (0, 1))
+    assert (shares["repaired"]["mean"], shares["repaired"]["n"]) == (0.5, 2)
+    assert flagged([[]], 0.5)["repaired"]["mean"] is None
 
 
 def test_a_mode_is_written_once_with_the_gate_off(evaluation, short):
@@ -185,7 +187,7 @@ def test_every_section_of_an_untrained_model_is_plain_json(evaluation, short):
     recall = report["sibling_fact_recall"]
     assert set(PARALLEL_MODES) | {"independent", "sequential", "full_text", "swapped_own"} <= set(recall)
     assert any(CUES[cue].value_type == "year" for cue in report["chance"]["by_cue"])
-    report["coverage"] = evaluation.coverage()
+    report["coverage"] = coverage(evaluation)
     report["text_ce"] = evaluation.text()
     report["teacher_forced"] = evaluation.teacher_forced()
     assert {"mask_ablation", "kd_ce_ratio_mix_0.35", "coverage_recall"} <= report["teacher_forced"].keys()
@@ -208,16 +210,18 @@ def test_agreement_section_calibrates_on_clean_text(evaluation, monkeypatch):
         return SimpleNamespace(texts=texts, events=[[] for _ in texts], results=[])
 
     monkeypatch.setattr(suite, "write_parallel", write)
-    result = evaluation.agreement()
+    result = agreement(evaluation)
     assert evaluation.model.generation_config.agreement_threshold == result["threshold"]
     assert 0 < result["positives"] < result["blocks"]
     assert (result["positives_generated"], result["auroc_generated"], result["roc_generated"]) == (0, None, [])
     assert result["roc"][0] == [0.0, 0.0] and result["roc"][-1] == [1.0, 1.0]
-    assert 0 <= result["auroc"] <= 1 and 0 <= result["controls"]["logp_gap"] <= 1
+    assert 0 <= result["auroc"]["low"] <= result["auroc"]["mean"] <= 1
+    assert 0 <= result["controls"]["logp_gap"]["mean"] <= 1
+    assert [len(rows) for rows in result["decisions"].values()] == [23] * 8
     assert result["repaired"]["mean"] is None and 0 <= result["false_rollback"]["mean"] <= 1
     json.dumps(result)
     calibration = evaluation.calibration()
-    assert set(calibration) == {"agreement", "agreement_planted"}
+    assert set(calibration) == {"agreement", "agreement_judgeable", "agreement_planted"}
     assert calibration["agreement"]["threshold"]["mean"] == result["threshold"]
     assert calibration["agreement"]["wanted"] == 0 < calibration["agreement_planted"]["wanted"]
     assert calibration["agreement_planted"]["selected_point"]["threshold"] == result["threshold"]
@@ -237,4 +241,4 @@ def test_a_head_without_judgements_keeps_its_threshold(evaluation, monkeypatch, 
     assert "agreement_threshold by: it stays None" in caplog.text
     assert "coverage_threshold by: it stays 0.5" in caplog.text
     with pytest.raises(ValueError, match="agreement_threshold is None"):
-        evaluation.agreement()
+        agreement(evaluation)

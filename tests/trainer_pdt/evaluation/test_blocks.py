@@ -19,8 +19,8 @@ from trainer_pdt.evaluation import blocks as blocks_module
 from trainer_pdt.evaluation.blocks import (
     BlockScore,
     agreement_decisions,
+    block_decisions,
     document_from_texts,
-    judgeable,
     score_blocks,
 )
 from trainer_pdt.features import collect_values, plant_contradictions
@@ -224,9 +224,12 @@ def make_scores(agreements, contradicts=False, can_judge=True):
     return [BlockScore(0, 0, 0, contradicts, can_judge, 1 - value, 0.5, 0.0) for value in agreements]
 
 
-def test_judgeable_gives_values_and_labels():
+def test_block_decisions_keep_documents_without_a_block():
     scores = make_scores([0.25], contradicts=True) + make_scores([0.5], can_judge=False) + make_scores([0.75])
-    assert judgeable(scores, lambda score: score.disagreement) == ([0.75, 0.25], [True, False])
+    decisions = block_decisions(scores, 2, lambda score: 1 - score.disagreement)
+    assert decisions == [[(0.25, False), (0.75, True)], []]
+    every = block_decisions(scores, 2, lambda score: float(score.judgeable), only_judgeable=False)
+    assert every == [[(1.0, False), (0.0, True), (1.0, True)], []]
 
 
 def test_decisions_of_agreement_by_document_hold_every_block():

@@ -10,10 +10,12 @@ from modeling_pdt import PDTForParallelDecoding
 from modeling_pdt.bus import NotesBus
 from modeling_pdt.interventions import Ablate
 from trainer_pdt.data.worlds import generate_documents
+from trainer_pdt.evaluation import modes
 from trainer_pdt.evaluation.modes import (
     PARALLEL_MODES,
     batches,
     continue_rows,
+    notes_as_text,
     plan_entries,
     section_text,
     twin_prompts,
@@ -254,6 +256,31 @@ def test_full_text_contexts_hold_the_siblings_text_up_to_the_round_before(model,
                 own = headers[stream] + parts[stream]
                 found = [text.replace(tokenizer.eos_token, "") for text in second]
                 assert prompt + sibling + own in found
+
+
+def test_notes_as_text_are_the_facts_of_each_block_and_no_longer_than_notes(tokenizer):
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    texts = ("The raw metal iron comes first.", " So it is.", " All this recalls the main crop barley.")
+    parts, metal, crop = [encode(text) for text in texts], encode(" raw metal iron"), encode(" main crop barley")
+    ends = [len(parts[0]), len(parts[0]) + len(parts[1]), sum(map(len, parts))]
+    blocks = list(zip([0, *ends], ends, strict=False))
+    section = [token for part in parts for token in part]
+    assert notes_as_text(tokenizer, section, blocks, 99) == metal + crop
+    assert notes_as_text(tokenizer, section, blocks, 1) == [metal[-1], crop[-1]]
+    together = encode(" raw metal iron, main crop barley")
+    assert notes_as_text(tokenizer, section, [(0, len(section))], 99) == together
+    assert notes_as_text(tokenizer, [], [], 4) == []
+
+
+def test_full_text_with_slots_shows_notes_in_place_of_text(model, tokenizer, documents, calls, monkeypatch):
+    told = tokenizer(" raw metal iron", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(modes, "notes_as_text", lambda tokenizer, tokens, blocks, slots: told[-slots:])
+    write_full_text(model, tokenizer, documents[:1], BLOCK, max_new_tokens=BLOCK + 2, slots=2)
+    prompt, headers = render_prompt(documents[0], tokenizer), [render_header(s.header) for s in documents[0].streams]
+    second = contexts(tokenizer, *calls[1])
+    assert second[0].startswith(prompt + headers[1] + tokenizer.decode(told[-2:]) + headers[0])
 
 
 def test_full_text_rounds_are_blocks_and_keep_to_the_limit(model, tokenizer, documents):

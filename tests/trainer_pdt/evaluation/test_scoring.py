@@ -4,9 +4,9 @@ import pytest
 
 from trainer_pdt.data.counting import DocumentCounts, Rate, Reference, StreamText, reference_rate
 from trainer_pdt.data.schema import Document, PlanItem, Stream
+from trainer_pdt.data.worlds import generate_documents
 from trainer_pdt.evaluation.scoring import (
     TIMINGS,
-    auroc,
     best_f1_threshold,
     count_written,
     coverage_decisions,
@@ -18,6 +18,7 @@ from trainer_pdt.evaluation.scoring import (
     roc,
     rollback_counts,
     select_kind,
+    stated_relative,
     swapped_rates,
 )
 
@@ -59,9 +60,9 @@ def test_reference_classes_name_every_timing_and_leave_empty_ones_without_a_numb
         [make_counts(make_reference("feasible", True)), make_counts(make_reference("same", False))]
     )
     assert tuple(classes) == TIMINGS
-    assert classes["feasible"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+    assert classes["feasible"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1, "clusters": ((1, 1), (0, 0))}
     assert classes["same"]["mean"] == 0.0
-    assert classes["late"] == {"mean": None, "low": None, "high": None, "n": 0}
+    assert classes["late"] == {"mean": None, "low": None, "high": None, "n": 0, "clusters": ((0, 0), (0, 0))}
 
 
 def test_count_written_uses_lag_and_capacity():
@@ -183,35 +184,33 @@ def test_rollback_rate_agrees_with_its_counts_on_real_text():
 
 
 @pytest.mark.parametrize(
-    ("scores", "labels", "points", "area"),
+    ("scores", "labels", "points"),
     [
-        ([0.9, 0.1], [True, False], [[0, 0], [0, 1], [1, 1]], 1.0),
-        ([0.1, 0.9], [True, False], [[0, 0], [1, 0], [1, 1]], 0.0),
-        ([0.5, 0.5, 0.5], [True, False, True], [[0, 0], [1, 1]], 0.5),
-        ([3, 2, 2, 1], [True, True, False, False], [[0, 0], [0, 0.5], [0.5, 1], [1, 1]], 0.875),
-        ([4, 3, 2, 1], [True, False, True, False], [[0, 0], [0, 0.5], [0.5, 0.5], [0.5, 1], [1, 1]], 0.75),
+        ([0.9, 0.1], [True, False], [[0, 0], [0, 1], [1, 1]]),
+        ([0.1, 0.9], [True, False], [[0, 0], [1, 0], [1, 1]]),
+        ([0.5, 0.5, 0.5], [True, False, True], [[0, 0], [1, 1]]),
+        ([3, 2, 2, 1], [True, True, False, False], [[0, 0], [0, 0.5], [0.5, 1], [1, 1]]),
+        ([4, 3, 2, 1], [True, False, True, False], [[0, 0], [0, 0.5], [0.5, 0.5], [0.5, 1], [1, 1]]),
     ],
 )
-def test_roc_and_its_area(scores, labels, points, area):
+def test_roc(scores, labels, points):
     assert roc(scores, labels) == points
-    assert auroc(scores, labels) == area
 
 
 @pytest.mark.parametrize("labels", [[True, True], [False, False], []])
 def test_roc_needs_both_classes(labels):
     scores = [0.5] * len(labels)
     assert roc(scores, labels) == []
-    assert auroc(scores, labels) is None
 
 
-def test_auroc_is_the_share_of_pairs_in_order():
-    scores = [0.1, 0.4, 0.4, 0.8, 0.8, 0.3, 0.9, 0.4]
-    labels = [False, True, False, True, False, False, True, True]
-    wrong = [score for score, label in zip(scores, labels, strict=True) if label]
-    clean = [score for score, label in zip(scores, labels, strict=True) if not label]
-    pairs = [(high, low) for high in wrong for low in clean]
-    expected = sum((high > low) + (high == low) / 2 for high, low in pairs) / len(pairs)
-    assert auroc(scores, labels) == pytest.approx(expected)
+def test_items_stated_relative_to_the_documents_own_texts():
+    document = next(generate_documents("test", 0, 1, with_notes=False))
+    own = {span.item_id for stream in document.streams for span in stream.spans if span.owner == stream.stream_id}
+    texts = [StreamText(stream.text) for stream in document.streams]
+    (whole,) = count_written([document], [texts], 1, 16)
+    assert stated_relative([document], [whole])["mean"] == 1.0 and whole.stated_items == own
+    (part,) = count_written([document], [[texts[0], StreamText(""), StreamText("")]], 1, 16)
+    assert stated_relative([document], [part])["clusters"] == ((len(part.stated_items), len(own)),)
 
 
 def test_best_f1_threshold():

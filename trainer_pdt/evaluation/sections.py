@@ -1,0 +1,111 @@
+"""Every section of an evaluation by name, and an evaluation as a run of sections that can be stopped and continued."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from modeling_pdt import PDTForParallelDecoding
+
+from ..telemetry import fingerprint, read_json, write_json
+from . import further, heads, oracle
+from .suite import Evaluation
+
+logger = logging.getLogger(__name__)
+
+SECTIONS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
+    "recall": Evaluation.recall,
+    "calibration": Evaluation.calibration,
+    "coverage": heads.coverage,
+    "agreement": heads.agreement,
+    "rollback": Evaluation.rollback,
+    "nli": Evaluation.nli,
+    "teacher_forced": Evaluation.teacher_forced,
+    "text": Evaluation.text,
+    "speed": Evaluation.speed,
+    "examples": Evaluation.examples,
+    "heldout_values": further.heldout_values,
+    "note_text": further.note_text,
+    "two_hop": further.two_hop,
+    "curves": further.curves,
+    "rollback_controls": oracle.rollback_controls,
+}
+"""What measures each section."""
+
+KEYS = {"text": "text_ce"}
+NAMED = ("recall", "nli", "rollback_controls")
+"""Sections that name their keys themselves."""
+
+WITHOUT_EFFECT = ("model", "output_folder", "threads", "workers", "training_report", "sections", "resume")
+"""Arguments that change no figure of a section, where the adapters are the same."""
+
+SECTIONS_FOLDER, DOCUMENTS_FILE = "sections", "documents.json"
+BY_DOCUMENT = ("clusters", "decisions")
+
+
+def adapters_mark(model: PDTForParallelDecoding) -> str:
+    """Fingerprint of all PDT parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.pdt_parameters().items()):
+        digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_sections(evaluation: Evaluation) -> dict[str, Any]:
+    """
+    Measures the sections of `arguments.sections`, in order, and keeps each under `output_folder`.
+
+    Args:
+        evaluation ([`Evaluation`]): What is measured; with `resume`, what other adapters reached is measured again.
+
+    Returns:
+        `dict[str, Any]`: Content of `evaluation.json` without settings and bars.
+    """
+    arguments, report = evaluation.arguments, {}
+    adapters = adapters_mark(evaluation.model) if arguments.resume else ""
+    choices = {name: value for name, value in asdict(arguments).items() if name not in WITHOUT_EFFECT}
+    for name in arguments.sections:
+        mark = fingerprint({"adapters": adapters, "section": name, **choices})
+        path = Path(arguments.output_folder) / SECTIONS_FOLDER / f"{name}.json"
+        kept = read_json(path) if arguments.resume and path.is_file() else {}
+        if kept.get("settings") == mark:
+            logger.info("%s: finished before, kept", name)
+            value = kept["value"]
+            if name == "calibration":
+                evaluation.adopt_calibration(value)
+        else:
+            started = time.perf_counter()
+            value = SECTIONS[name](evaluation)
+            logger.info("%s: %.0f s", name, time.perf_counter() - started)
+            if arguments.resume:
+                write_json(path, {"settings": mark, "value": value})
+        report |= value if name in NAMED else {KEYS.get(name, name): value}
+    return report
+
+
+def take_documents(report: Mapping[str, Any], path: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Separates what was counted document by document from the figures.
+
+    Args:
+        report (`Mapping`): Content of an evaluation.
+        path (`str`, *optional*): Where it stands, keys joined by slashes.
+
+    Returns:
+        `tuple`: The report without it, and by path what was there: `clusters`, (successes, trials) per document, and
+        `decisions`, lists of (probability, truth) per document.
+    """
+    figures, documents = {}, {}
+    for key, value in report.items():
+        place = f"{path}/{key}" if path else key
+        if key in BY_DOCUMENT:
+            documents |= {path: value} if key == "clusters" else {f"{place}/{name}": v for name, v in value.items()}
+        elif isinstance(value, Mapping):
+            figures[key], found = take_documents(value, place)
+            documents |= found
+        else:
+            figures[key] = value
+    return figures, documents

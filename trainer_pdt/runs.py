@@ -1,0 +1,159 @@
+"""Runs of recipes as resumable pieces: what one is given, what it left, and whether that still holds."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .resume import is_finished
+from .telemetry import MANIFEST_FILE, REPORT_FILE, fingerprint, git_state, read_json, write_json
+from .training_report import write_training_report
+
+RESULT_FILE, RECIPE_FILE, LOG_FILE = "result.json", "recipe.yaml", "train.log"
+TRAIN, EVALUATE, TRUNK = "recipes/train.py", "recipes/evaluate.py", "recipes/pretrain_trunk.py"
+PLACES = ("output_dir", "output_folder", "model", "training_report")
+"""Fields that say where files are; they change no figure."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One call of a recipe.
+
+    Args:
+        case (`str`): Name, shared by the seeds.
+        seed (`int`): Of the training.
+        folder (`Path`): Holds its recipe, log, model or evaluation, and result.
+        recipe (`dict`): Complete recipe, `seed` and `output_dir` or `output_folder` included.
+        script (`str`, *optional*, defaults to `"recipes/train.py"`): What runs it.
+        after (`tuple[Run]`, *optional*): Runs whose model it uses.
+        minutes (`float`, *optional*, defaults to 0.0): Expected duration; 0 = not known.
+    """
+
+    case: str
+    seed: int
+    folder: Path
+    recipe: dict[str, Any]
+    script: str = TRAIN
+    after: tuple["Run", ...] = ()
+    minutes: float = 0.0
+
+    @property
+    def model(self) -> Path:
+        """The `output_dir` of a training."""
+        return self.folder / "model"
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of the run."""
+        return int(self.recipe.get("threads") or 1)
+
+    @property
+    def mark(self) -> str:
+        """Fingerprint of the settings, and of those of the runs before it, wherever they are run."""
+        settings = {key: value for key, value in self.recipe.items() if key not in PLACES}
+        if self.after:
+            settings["after"] = [run.mark for run in self.after]
+        return fingerprint(settings)
+
+    def result(self) -> dict[str, Any] | None:
+        """What was measured with these settings, `None` where they have not been run."""
+        path = self.folder / RESULT_FILE
+        found = read_json(path) if path.is_file() else {}
+        return found if found.get("settings") == self.mark else None
+
+    def measured(self, seconds: float) -> dict[str, Any]:
+        """The result of the finished run, to be kept as `RESULT_FILE`."""
+        result = {"settings": self.mark, "case": self.case, "seed": self.seed, "seconds": round(seconds, 1)}
+        if self.script != TRAIN:
+            return {**result, "git": [git_state()]}
+        values, manifest, report = (
+            read_json(self.model / name) for name in ("eval_results.json", MANIFEST_FILE, REPORT_FILE)
+        )
+        return {
+            **result,
+            "seconds": report.get("seconds", result["seconds"]),
+            "seconds_per_step": report["seconds_per_step"],
+            "git": [entry["git"] for entry in (manifest, *manifest.get("continued", []))],
+            "measures": {
+                name.removeprefix("eval_"): value
+                for name, value in values.items()
+                if isinstance(value, int | float) and name.startswith("eval_")
+            },
+        }
+
+
+def perform(run: Run, root: Path) -> dict[str, Any]:
+    """
+    The result of a run: the kept one, or that of its recipe, which goes on where an earlier call stopped.
+
+    The lock passes to the recipe's process, so that after a kill of this one nobody works in the folder beside it.
+
+    Args:
+        run ([`Run`]): What to do; the runs before it are finished.
+        root (`Path`): Repository.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.folder / "lock", "w") as lock, open(run.folder / LOG_FILE, "a") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (kept := run.result()) is not None:
+            return kept
+        started, recipe_file = time.monotonic(), run.folder / RECIPE_FILE
+        if recipe_file.is_file() and fingerprint(read_json(recipe_file)) != fingerprint(run.recipe):
+            shutil.rmtree(run.model, ignore_errors=True)
+        write_json(recipe_file, run.recipe)
+        if run.script == TRAIN and is_finished(run.model, run.recipe["max_steps"]):
+            write_training_report(run.model)
+        else:
+            fixed = {"OMP_NUM_THREADS": str(run.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **fixed, "PYTHONPATH": str(root)}
+            command = [sys.executable, run.script, "--config", str(recipe_file)]
+            handles = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": (lock.fileno(),)}
+            subprocess.run(command, cwd=root, env=environment, check=True, **handles)
+        result = run.measured(time.monotonic() - started)
+        return read_json(write_json(run.folder / RESULT_FILE, result))
+
+
+def perform_all(
+    runs: Sequence[Run], jobs: int, root: Path, name: str, show: Callable[[dict[str, Any]], str]
+) -> list[str]:
+    """
+    Performs what has no result yet, several at a time; returns what failed, in words.
+
+    Args:
+        runs (`Sequence[Run]`): None of them after another.
+        jobs (`int`): Runs at a time.
+        root (`Path`): Repository.
+        name (`str`): Who speaks, first word of every line.
+        show (`Callable`): What a line says of a result.
+    """
+    started, failed = time.monotonic(), []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(perform, run, root): run for run in runs if run.result() is None}
+        print_line(f"{name}: {len(runs) - len(futures)} of {len(runs)} runs are kept, {len(futures)} to do")
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                run, minutes = futures[future], (time.monotonic() - started) / 60
+                left = f"{done} of {len(futures)}, about {minutes / done * (len(futures) - done):.0f} min left"
+                if error := future.exception():
+                    failed.append(f"{run.case}, seed {run.seed}: {error}; see {run.folder / LOG_FILE}")
+                    print_line(f"{name}: {left}: FAILED {failed[-1]}")
+                else:
+                    print_line(f"{name}: {left}: {run.case}, seed {run.seed}{show(future.result())}")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def print_line(text: str) -> None:
+    """Says a line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
