@@ -17,7 +17,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # pytest leaves with 5 when a mark selects no test.
 EMPTY_IS_FINE := || test $$? -eq 5
 
-.PHONY: install demo test test-slow test-multi quality style trunk smoke clean
+.PHONY: install demo proof proof-next test test-slow test-multi quality style trunk smoke clean
 
 install: $(STAMP)
 
@@ -41,6 +41,15 @@ demo: $(STAMP)
 smoke: $(STAMP)
 	@echo "smoke: the demo's chain with tiny numbers; expected time: under 2 minutes on 2 cores"
 	$(RUN) recipes/demo.py --config recipes/tiny/smoke.yaml --threads $(THREADS)
+
+# Pieces that are finished are kept: a stopped call goes on where it was. Recipes set their own threads.
+proof: $(STAMP)
+	@echo "proof: trainings, ablations and evaluations of recipes/tiny/proof.yaml; report: docs/benchmarks/worlds.md"
+	$(RUN) recipes/proof.py --config recipes/tiny/proof.yaml
+
+proof-next: $(STAMP)
+	@echo "proof-next: the next pieces of the proof, about 150 minutes on 2 cores"
+	$(RUN) recipes/proof.py --config recipes/tiny/proof.yaml --minutes 150
 
 trunk: $(STAMP)
 	@echo "trunk: trains the tiny GPT-OSS trunk again and replaces recipes/tiny/trunk"

@@ -17,6 +17,7 @@ from typing import Any
 
 from trainer_pdt.parser import RecipeParser, as_words, load_yaml
 from trainer_pdt.resume import is_finished
+from trainer_pdt.runs import MEMORY
 from trainer_pdt.telemetry import fingerprint, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +29,6 @@ SAYS = {
     "decode": "decode the prompts, streams side by side",
     "report": "tables and figures",
 }
-# Waiting threads do not spin, which would stall a busy machine; glibc keeps freed memory for the next tensor.
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 
 
 @dataclass
@@ -113,6 +112,7 @@ def announce(arguments: DemoArguments) -> None:
 def run_part(part: str, steps: list[list[str]], threads: int) -> float:
     """Runs the commands of a part, output shown; returns seconds."""
     fixed = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Waiting threads do not spin, which would stall a busy machine.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **MEMORY, **os.environ, **fixed, "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     for command in steps:

@@ -88,7 +88,7 @@ class Case:
 
     Args:
         says (`str`): What it changes, in words.
-        options (`dict`, *optional*): Fields that replace the recipe's.
+        options (`dict`, *optional*): Fields that replace the recipe's; `stages` among them keep their own steps.
         stages (`dict[str, dict | None]`, *optional*): By stage, fields that replace the stage's; `losses` are merged,
             0 turns one off. `None` leaves the stage out, and what follows starts earlier.
         against (`str`, *optional*, defaults to `"base"`): Case that it is compared with.
@@ -119,9 +119,12 @@ def case_recipe(arguments: AblationArguments, case: Case, root: Path) -> dict[st
         root (`Path`): Repository.
     """
     recipe = load_yaml(root / arguments.recipe) | arguments.options
+    if "stages" in case.options:
+        recipe["stages"] = case.options["stages"]
+        recipe["max_steps"] = case.options["stages"][-1]["until"]
     whole = Curriculum.from_list(recipe["stages"], recipe["max_steps"])
     lengths = {stage.name: stage.until - start for stage, start in zip(whole.stages, whole.starts, strict=True)}
-    if arguments.stage_steps is not None:
+    if arguments.stage_steps is not None and "stages" not in case.options:
         if arguments.stage_steps.keys() != lengths.keys():
             raise ValueError(
                 f"stage_steps={arguments.stage_steps}, allowed: steps of every stage: {', '.join(lengths)}."
@@ -238,13 +241,12 @@ def hurts(cases: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def report_markdown(report: Mapping[str, Any], command: str) -> str:
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
     """
-    The report as Markdown.
+    Differences, values and cases.
 
     Args:
         report (`Mapping`): From [`compare`].
-        command (`str`): What wrote it.
     """
     cases, seeds = report["cases"], ", ".join(map(str, report["seeds"]))
     used = [measure for measure in MEASURES if any(measure in case["measures"] for case in cases.values())]
@@ -266,16 +268,28 @@ def report_markdown(report: Mapping[str, Any], command: str) -> str:
         "larger than the distance between the base's seeds, and the same direction with every seed. Two seeds show "
         "large effects only. A dash: nothing was counted."
     )
-    tables = [
+    return [
         *([Table("All losses on against the base", columns, bars)] if bars else []),
         Table("Differences", ("case", "against", *arrows), changes, how),
         Table("Values", ("case", *arrows, "s per step"), numbers, f"Mean, in brackets seeds {seeds}."),
         Table("Cases", ("case", "what it is"), [[name, case["says"]] for name, case in cases.items()]),
     ]
-    found = hurts(cases) or ["Nothing that is clear with these seeds."]
+
+
+def report_markdown(report: Mapping[str, Any], command: str) -> str:
+    """
+    The report as Markdown.
+
+    Args:
+        report (`Mapping`): From [`compare`].
+        command (`str`): What wrote it.
+    """
+    found = hurts(report["cases"]) or ["Nothing that is clear with these seeds."]
     harm = "\n".join(["## Where a part hurts", "", *found, ""])
     head = "# Ablations\n"
-    return "\n".join([head, *(to_markdown(table) for table in tables), harm, f"Written by `{command}`.\n"])
+    return "\n".join(
+        [head, *(to_markdown(table) for table in report_tables(report)), harm, f"Written by `{command}`.\n"]
+    )
 
 
 def _change(case: Mapping[str, Any], measure: str) -> str:

@@ -21,6 +21,9 @@ TRAIN, EVALUATE, TRUNK = "recipes/train.py", "recipes/evaluate.py", "recipes/pre
 PLACES = ("output_dir", "output_folder", "model", "training_report")
 """Fields that say where files are; they change no figure."""
 
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+"""glibc keeps freed memory for the next tensor."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -113,7 +116,7 @@ def perform(run: Run, root: Path) -> dict[str, Any]:
             write_training_report(run.model)
         else:
             fixed = {"OMP_NUM_THREADS": str(run.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-            environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **fixed, "PYTHONPATH": str(root)}
+            environment = {"OMP_WAIT_POLICY": "PASSIVE", **MEMORY, **os.environ, **fixed, "PYTHONPATH": str(root)}
             command = [sys.executable, run.script, "--config", str(recipe_file)]
             handles = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": (lock.fileno(),)}
             subprocess.run(command, cwd=root, env=environment, check=True, **handles)

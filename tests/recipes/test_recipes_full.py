@@ -24,6 +24,7 @@ LAUNCHERS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
 GPT_OSS = "gpt_oss_20b/train_1x80gb.yaml"
 TRAINING = {
     "tiny": ["tiny/train.yaml"],
+    "full": ["tiny/train_full.yaml"],
     "dev": ["dev/train.yaml"],
     "production": ["production/train.yaml"],
     "1x80gb": [GPT_OSS],

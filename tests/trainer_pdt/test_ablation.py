@@ -73,6 +73,17 @@ def test_a_stage_that_is_left_out_takes_its_steps_along():
     assert recipe["max_steps"] == 7 and recipe["learning_rate"] == 0.1
 
 
+def test_stages_among_the_options_keep_their_own_steps():
+    stages = [
+        {"name": "mixed", "until": 2, "train": ["snc"], "losses": {"lm_ce": 1.0}, "bus_mix": 0.5},
+        {"name": "bus", "until": 5, "train": ["snc"], "losses": {"lm_ce": 1.0}},
+    ]
+    case = Case("two others", options={"stages": stages, "learning_rate": 0.1}, stages={"bus": {"lag_jitter": 0.5}})
+    recipe = case_recipe(arguments(), case, ROOT)
+    assert recipe["max_steps"] == 5 and recipe["learning_rate"] == 0.1
+    assert recipe["stages"] == [stages[0], {**stages[1], "lag_jitter": 0.5}]
+
+
 def test_stages_keep_their_lengths_without_stage_steps():
     whole = load_yaml(ROOT / "recipes/tiny/train.yaml")
     recipe = case_recipe(arguments(stage_steps=None), Case("as it is"), ROOT)

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from trainer_pdt.data.worlds import WorldOptions, generate_document
 from trainer_pdt.data.worlds_lexicon import GIVEN_NAMES, POOLS, SURNAMES
 from trainer_pdt.data.worlds_parser import parse_section
 from trainer_pdt.trunk import (
+    FAMILIES,
     IGNORE,
     RowBuilder,
     TrunkArguments,
@@ -186,3 +188,31 @@ def test_shipped_tokenizer_is_the_recipe_s():
     tokenizer = train_tokenizer(telemetry["recipe"]["vocab_size"], telemetry["recipe"]["seed"])
     shipped = AutoTokenizer.from_pretrained(SHIPPED)
     assert shipped.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trunk_of_every_family_has_the_sizes_asked_for(tokenizer, family):
+    config = trunk_config(replace(SMALL, model_type=family, intermediate_size=48), tokenizer)
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.config.model_type == family
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (32, 2, 48)
+    ids = torch.tensor([tokenizer.encode("The main crop barley.")])
+    assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
+    assert config.eos_token_id == tokenizer.eos_token_id and config.tie_word_embeddings
+
+
+def test_an_unknown_family_and_an_impossible_share_are_refused():
+    with pytest.raises(ValueError, match="model_type: 'qwen' is unknown"):
+        TrunkArguments(model_type="qwen")
+    with pytest.raises(ValueError, match=r"p_foreign=1\.5"):
+        TrunkArguments(p_foreign=1.5)
+
+
+def test_cards_of_foreign_types_give_cues_values_of_other_types(tokenizer):
+    def foreign(share):
+        builder, rng = RowBuilder(tokenizer, replace(SMALL, p_foreign=share)), random.Random(0)
+        weights = [builder.card(rng).weights for _ in range(20)]
+        # A first mention of a foreign value cannot be known: weight 0, else .2.
+        return sum(0.0 in row[:-1] for row in weights)
+
+    assert foreign(0.0) == 0 and foreign(1.0) == 20

@@ -35,7 +35,10 @@ KINDS = {
 """Colour and marker by kind of learning curve; another share of true notes is grey."""
 
 
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+def figure_of(
+    width: float, height: float, columns: int = 1, rows: int = 1, **kwargs: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure in the house style, sizes in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
@@ -46,13 +49,15 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwar
     return figure, list(axes.flat)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, facecolor="white")
     return path
 
 
-def _title(axis: Axes, text: str) -> None:
+def title_of(axis: Axes, text: str) -> None:
+    """A panel's title."""
     axis.set_title(text, loc="left", fontsize=11, color=INK, fontweight="bold", pad=10)
 
 
@@ -79,7 +84,7 @@ def plot_recall(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     modes = [mode for mode in MODES if measure(recall.get(mode)) is not None]
     if not modes:
         return None
-    figure, (axis,) = _figure(9, 0.9 + 0.36 * len(modes))
+    figure, (axis,) = figure_of(9, 0.9 + 0.36 * len(modes))
     for place, mode in enumerate(modes):
         axis.axhline(place, color=PALE, linewidth=0.7, zorder=0)
         _whisker(axis, place, recall[mode], MODE_COLORS.get(mode, RED), "o" if mode in MODE_COLORS else "D")
@@ -92,8 +97,8 @@ def plot_recall(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     axis.set_xlim(-0.01, 1.09)
     axis.set_xlabel("references that repeat the fact their sibling chose (95 % interval over documents)", fontsize=9)
     axis.spines["left"].set_visible(False)
-    _title(axis, "Sibling-fact recall, free-running decoding")
-    return _save(figure, path)
+    title_of(axis, "Sibling-fact recall, free-running decoding")
+    return save_figure(figure, path)
 
 
 def log_history(training: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -155,7 +160,7 @@ def plot_learning(training: Mapping[str, Any] | None, path: Path) -> Path | None
         return None
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = _figure(3.6 * columns, 0.5 + 2.3 * rows, columns, rows, sharex=True)
+    figure, axes = figure_of(3.6 * columns, 0.5 + 2.3 * rows, columns, rows, sharex=True)
     stages = [stage for stage in (training or {}).get("stages") or [] if isinstance(stage, Mapping)]
     for index, (axis, (name, lines)) in enumerate(zip(axes, panels.items(), strict=False)):
         for kind, points in lines.items():
@@ -170,7 +175,7 @@ def plot_learning(training: Mapping[str, Any] | None, path: Path) -> Path | None
             axis.tick_params(labelbottom=True)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_gradients(lines: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
@@ -191,7 +196,7 @@ def plot_gradients(lines: Sequence[Mapping[str, Any]], path: Path) -> Path | Non
                     found.setdefault(name, []).append((float(line["step"]), read.mean))
     if not by_loss:
         return None
-    figure, axes = _figure(10.8, 3.2, 2, sharex=True, sharey=True)
+    figure, axes = figure_of(10.8, 3.2, 2, sharex=True, sharey=True)
     for axis, curves_of, title in zip(
         axes, (by_loss, by_group), ("by weighted loss", "by parameter group"), strict=True
     ):
@@ -202,7 +207,7 @@ def plot_gradients(lines: Sequence[Mapping[str, Any]], path: Path) -> Path | Non
         axis.set_title(f"gradient norm {title}", loc="left", fontsize=9.5, color=INK)
         axis.set_xlabel("finished optimizer steps", fontsize=9)
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _mark_stages(axis: Axes, stages: Sequence[Mapping[str, Any]], named: bool) -> None:
@@ -243,7 +248,7 @@ def plot_agreement(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     areas = [area for area in areas if measure(area[1]) is not None]
     if not areas and not any(line[0] for line in lines):
         return None
-    figure, (left, right) = _figure(10, 4, 2)
+    figure, (left, right) = figure_of(10, 4, 2)
     left.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
     for points, name, color, style in lines:
         if points:
@@ -251,7 +256,7 @@ def plot_agreement(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     if any(line[0] for line in lines):
         left.legend(frameon=False, fontsize=9, loc="lower right")
     left.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel="sound blocks flagged", ylabel="contradictions flagged")
-    _title(left, "Agreement head, ROC")
+    title_of(left, "Agreement head, ROC")
     right.axvline(0.5, color=GREY, linestyle="--", linewidth=1.2)
     for place, (_, value, color, marker) in enumerate(areas):
         right.axhline(place, color=PALE, linewidth=0.7, zorder=0)
@@ -259,8 +264,8 @@ def plot_agreement(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     right.set_yticks(range(len(areas)), [area[0] for area in areas])
     right.set(xlim=(0, 1.1), ylim=(len(areas) - 0.4, -0.6), xlabel="area under the ROC (0.5 = guessing)")
     right.spines["left"].set_visible(False)
-    _title(right, "Head and controls")
-    return _save(figure, path)
+    title_of(right, "Head and controls")
+    return save_figure(figure, path)
 
 
 def plot_coverage(evaluation: Mapping[str, Any], path: Path) -> Path | None:
@@ -284,7 +289,7 @@ def plot_coverage(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     points = [point for point in points if point[1] is not None and point[2] is not None]
     if not curve and not points:
         return None
-    figure, (left, right) = _figure(10, 4, 2)
+    figure, (left, right) = figure_of(10, 4, 2)
     if curve:
         left.plot([point[0] for point in curve], [point[1] for point in curve], color=SKY, linewidth=2)
     for name, recall, precision, color, marker in points:
@@ -295,7 +300,7 @@ def plot_coverage(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     values = [value for point in curve for value in point[:2]] + [m.mean for point in points for m in point[1:3]]
     low = max(0.0, min([*values, 0.9]) - 0.05)
     left.set(xlim=(low, 1.005), ylim=(low, 1.005), xlabel="recall", ylabel="precision")
-    _title(left, "Coverage per block and plan item")
+    title_of(left, "Coverage per block and plan item")
     steps = [point for point in curve if len(point) > 2 and measure(point[2])]
     for column, name, color, style in ((1, "precision", BLUE, "-"), (0, "recall", ORANGE, "--")):
         axis_values = [point[column] for point in steps]
@@ -303,8 +308,8 @@ def plot_coverage(evaluation: Mapping[str, Any], path: Path) -> Path | None:
     right.set(xlim=(0, 1), ylim=(low, 1.005), xlabel="threshold")
     right.legend(frameon=False, fontsize=9, loc="best")
     right.set_visible(bool(steps))
-    _title(right, "By threshold")
-    return _save(figure, path)
+    title_of(right, "By threshold")
+    return save_figure(figure, path)
 
 
 def plot_timeline(example: Mapping[str, Any], path: Path) -> Path | None:
@@ -319,7 +324,7 @@ def plot_timeline(example: Mapping[str, Any], path: Path) -> Path | None:
     streams = example.get("streams") or []
     if not events or not streams:
         return None
-    figure, (axis,) = _figure(10, 1.4 + 0.62 * len(streams))
+    figure, (axis,) = figure_of(10, 1.4 + 0.62 * len(streams))
     began = [0.0] * len(streams)
     for event in sorted(events, key=lambda event: event["call"]):
         stream, call = event["stream"], float(event["call"])
@@ -336,8 +341,8 @@ def plot_timeline(example: Mapping[str, Any], path: Path) -> Path | None:
         for name, (color, hatch) in looks.items()
     ]
     axis.legend(handles=handles, frameon=False, fontsize=8.5, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-    _title(axis, "Blocks of one answer, numbers are rounds")
-    return _save(figure, path)
+    title_of(axis, "Blocks of one answer, numbers are rounds")
+    return save_figure(figure, path)
 
 
 def _draw_block(axis: Axes, start: float, end: float, stream: int, event: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ CURVES = {"sections": ["curves"], "section_documents": {"curves": 2}}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sections": ["recal"]}, "did you mean 'recall'"),
+        ({"sections": ["recalls"]}, "did you mean 'recall'"),
         ({"sections": []}, "one or more different ones"),
         ({"sections": ["two_hop"]}, r"a number of documents for each of \['two_hop'\]"),
         ({"section_documents": {"two_hop": 5}}, "none of the further ones"),

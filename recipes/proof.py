@@ -1,0 +1,67 @@
+"""Makes the proof: every trunk, training, ablation and evaluation of one list, each once, and the report over seeds.
+
+python recipes/proof.py --config recipes/tiny/proof.yaml                  # all; goes on where an earlier call stopped
+python recipes/proof.py --config recipes/tiny/proof.yaml --minutes 150    # what fits, at least one piece
+python recipes/proof.py --config recipes/tiny/proof.yaml --report_only    # the report of what is there
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from modeling_pdt import PDTAdapterConfig
+from trainer_pdt import PDTTrainingArguments
+from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
+from trainer_pdt.evaluation.arguments import EvaluationArguments
+from trainer_pdt.evaluation.proof import ProofArguments, expected_minutes, jobs_of, plan_pieces, ready_pieces
+from trainer_pdt.evaluation.proof_report import write_proof_report
+from trainer_pdt.parser import RecipeParser
+from trainer_pdt.runs import EVALUATE, TRAIN, Run, perform_all
+from trainer_pdt.telemetry import command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKS = {
+    TRAIN: (PDTAdapterConfig, ModelArguments, DataArguments, CurriculumArguments, PDTTrainingArguments),
+    EVALUATE: (EvaluationArguments,),
+}
+
+
+def show(result: dict) -> str:
+    """What is said of a finished piece."""
+    return f": {result['seconds'] / 60:.1f} min"
+
+
+def make_pieces(runs: Sequence[Run], arguments: ProofArguments) -> list[str]:
+    """Makes missing pieces while time is left, at least one; returns what failed, in words."""
+    started, tried, said, left = time.monotonic(), [], [], arguments.minutes
+    while ready := ready_pieces(runs, arguments.cores, left, tried):
+        if tried and left is not None and ready[0].minutes > left:
+            break
+        said += perform_all(ready, jobs_of(ready, arguments.cores), ROOT, "proof", show)
+        tried += ready
+        if arguments.minutes is not None:
+            left = arguments.minutes - (time.monotonic() - started) / 60
+    return said
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Checks every piece, makes what is missing, reports."""
+    (arguments,) = RecipeParser(ProofArguments).parse(args)
+    pieces = plan_pieces(arguments, ROOT)
+    runs = [run for entry in pieces.values() for run in entry]
+    for run in runs:
+        if run.script in CHECKS:
+            RecipeParser(*CHECKS[run.script]).parse_values(run.recipe)
+    for name, entry in pieces.items():
+        done = sum(run.result() is not None for run in entry)
+        expected = expected_minutes(entry, arguments.cores)
+        print(f"proof: {name}: {done} of {len(entry)} done, about {expected:.0f} min left", flush=True)
+    failed = [] if arguments.report_only else make_pieces(runs, arguments)
+    path = write_proof_report(arguments, pieces, ROOT, command_line())
+    print(f"proof: wrote {path}" if path else f"proof: no report before a seed of {arguments.main} is evaluated")
+    if failed:
+        raise SystemExit("proof: failed, the same command tries again:\n  " + "\n  ".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The bars of the proof, held against several seeds: lower limits by the mean, upper limits by the interval's end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .pooled import Estimate, Pooled
+
+CHANCE_MODES = {
+    "independent": "independent streams",
+    "zero_notes": "notes zeroed",
+    "gate_zero": "SNC gate 0",
+    "self_only": "own notes only",
+    "norm_scramble": "notes scrambled, norms kept",
+}
+CONTROLS = ("zeroed_notes_generated", "controls/logp_gap_generated", "controls/reference_present_generated")
+ROLLBACK_MODES = ("none", "head", "head_stale", "random", "oracle", "oracle_stale")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """
+    One line of the table.
+
+    Args:
+        name (`str`): What is measured.
+        figure (`Callable`): Takes it from [`Pooled`]; a `KeyError` means that it was not measured.
+        comparison (`str`): `">="` compares the mean over seeds, `"<="` the upper end of the interval.
+        limit (`float`): The bar.
+    """
+
+    name: str
+    figure: Callable[[Pooled], Estimate]
+    comparison: str
+    limit: float
+
+    def check(self, pooled: Pooled) -> dict[str, Any] | None:
+        """`{name, value, seeds, bar, met}`, `None` where it was not measured."""
+        try:
+            found = self.figure(pooled)
+        except KeyError:
+            return None
+        value = found.mean if self.comparison == ">=" else found.interval[1]
+        met = value >= self.limit if self.comparison == ">=" else value <= self.limit
+        bar = f"{self.comparison} {self.limit:g}"
+        return {"name": self.name, "value": found.as_dict(), "seeds": found.seeds_S.tolist(), "bar": bar, "met": met}
+
+
+def _at(path: str) -> Callable[[Pooled], Estimate]:
+    return lambda pooled: pooled.get(path)
+
+
+def _recall(mode: str) -> Callable[[Pooled], Estimate]:
+    return _at(f"sibling_fact_recall/{mode}")
+
+
+def _above_chance(mode: str) -> Callable[[Pooled], Estimate]:
+    return lambda pooled: pooled.get(f"sibling_fact_recall/{mode}") - pooled.get("chance/overall")
+
+
+def _best_control(pooled: Pooled) -> Estimate:
+    found = [pooled.get(f"agreement/{name}") for name in CONTROLS]
+    return pooled.get("agreement/auroc_generated") - max(found, key=lambda estimate: estimate.mean)
+
+
+def _contradictions(pooled: Pooled) -> Estimate:
+    return (1.0 - pooled.get("rollback/head/rate")) / (1.0 - pooled.get("rollback/none/rate"))
+
+
+def _fresh_notes(pooled: Pooled) -> Estimate:
+    return pooled.get("rollback/head/same_round") - pooled.get("rollback/head_stale/same_round")
+
+
+def _smallest_class(pooled: Pooled) -> Estimate:
+    found = [pooled.get(f"rollback/{mode}/same_round") for mode in ROLLBACK_MODES]
+    count = float(min(estimate.n or 0 for estimate in found))
+    return Estimate(found[0].seeds_S * 0 + count, found[0].draws_B * 0 + count)
+
+
+def _lag(pooled: Pooled) -> Estimate:
+    return pooled.get("curves/bus_lag/1/pdt") - pooled.get("curves/bus_lag/2/pdt")
+
+
+def _behind_sequential(pooled: Pooled) -> Estimate:
+    return pooled.get("sibling_fact_recall/sequential_core") - pooled.get("sibling_fact_recall/pdt_core")
+
+
+def _hard(pooled: Pooled) -> Estimate:
+    return pooled.get("sibling_fact_recall/pdt_hard") / pooled.get("sibling_fact_recall/sequential_hard")
+
+
+BARS: tuple[Bar, ...] = (
+    Bar("recall, feasible, all types", _recall("pdt"), ">=", 0.90),
+    Bar("recall, feasible, core", _recall("pdt_core"), ">=", 0.97),
+    Bar("recall, feasible, values never trained on", _at("heldout_values/pdt"), ">=", 0.90),
+    Bar("sequential minus PDT, core", _behind_sequential, "<=", 0.05),
+    *(Bar(f"{name}: recall above chance", _above_chance(mode), "<=", 0.03) for mode, name in CHANCE_MODES.items()),
+    Bar("swapped notes: follows the swapped fact", _recall("swapped_follow"), ">=", 0.85),
+    Bar("swapped notes: follows its own sibling", _recall("swapped_own"), "<=", 0.05),
+    Bar("lag 1 minus lag 2", _lag, "<=", 0.10),
+    Bar("two-hop facts, mid tap", _at("two_hop/repeated/pdt"), ">=", 0.80),
+    Bar("mentions on plan", _at("plan/mentions_on_plan"), ">=", 0.95),
+    Bar("owned items stated", _at("plan/owned_stated"), ">=", 0.95),
+    Bar("owned items stated, relative to the documents' own texts", _at("plan/owned_stated_relative"), ">=", 0.95),
+    Bar("cross-entropy above the trunk on other tokens (nats)", _at("text_ce/excess"), "<=", 0.01),
+    Bar("KL from the trunk on other tokens (nats)", _at("text_ce/divergence"), "<=", 0.01),
+    Bar("coverage precision", _at("coverage/precision"), ">=", 0.97),
+    Bar("coverage recall", _at("coverage/recall"), ">=", 0.97),
+    Bar("agreement AUROC, planted contradictions", _at("agreement/auroc"), ">=", 0.95),
+    Bar("agreement AUROC, own text", _at("agreement/auroc_generated"), ">=", 0.90),
+    Bar("agreement calibration error, own text", _at("agreement/expected_calibration_error_generated"), "<=", 0.05),
+    Bar("contradicting blocks found at the operating point", _at("agreement/operating_point/repaired"), ">=", 0.70),
+    Bar("clean judgeable blocks flagged there", _at("agreement/operating_point/false_rollback"), "<=", 0.05),
+    Bar("agreement AUROC, own text, above the best of its controls", _best_control, ">=", 0.10),
+    Bar("contradictions left by the gate", _contradictions, "<=", 0.50),
+    Bar("same-round recall, gate minus stale notes", _fresh_notes, ">=", 0.20),
+    Bar("references of the same round, fewest of the modes", _smallest_class, ">=", 300),
+    Bar(
+        "hard documents: PDT over sequential",
+        lambda p: _recall("pdt_hard")(p) / _recall("sequential_hard")(p),
+        ">=",
+        0.90,
+    ),
+    Bar("hard documents: sequential", _recall("sequential_hard"), ">=", 0.90),
+)
+"""What the proof promises; "far above the controls" is read as a distance of .10."""
+
+
+def check_proof(pooled: Pooled) -> list[dict[str, Any]]:
+    """Every bar that was measured."""
+    return [row for row in (bar.check(pooled) for bar in BARS) if row is not None]

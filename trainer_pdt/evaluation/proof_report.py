@@ -1,0 +1,211 @@
+"""Writes the report of the proof from what its pieces left: bars, tables over seeds, comparisons, commands."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..ablation import BASE, AblationArguments, compare, report_tables
+from ..parser import RecipeParser, load_yaml
+from ..runs import RECIPE_FILE, Run
+from ..telemetry import read_json, write_json
+from .further_tables import FURTHER_TABLES
+from .pooled import Pooled
+from .proof import ProofArguments, place_of
+from .proof_bars import check_proof
+from .proof_plots import figures_of
+from .report import read_training
+from .sections import DOCUMENTS_FILE
+from .tables import (
+    Table,
+    heads_table,
+    recall_table,
+    rollback_table,
+    speed_table,
+    text_table,
+    timing_table,
+    to_markdown,
+)
+from .values import show
+
+POOLED_TABLES = (
+    *(recall_table, timing_table, *FURTHER_TABLES, heads_table, rollback_table, text_table),
+    speed_table,
+)
+COMPARED: tuple[tuple[str, str], ...] = (
+    ("recall, all types", "sibling_fact_recall/pdt"),
+    ("recall, core", "sibling_fact_recall/pdt_core"),
+    ("recall, hard", "sibling_fact_recall/pdt_hard"),
+    ("sequential, core", "sibling_fact_recall/sequential_core"),
+    ("sequential, hard", "sibling_fact_recall/sequential_hard"),
+    ("independent streams", "sibling_fact_recall/independent"),
+    ("follows swapped notes", "sibling_fact_recall/swapped_follow"),
+    ("values never trained on", "heldout_values/pdt"),
+    ("lag 2", "curves/bus_lag/2/pdt"),
+    ("decoded with 2 streams", "curves/num_streams/2/pdt"),
+    ("decoded with 4 streams", "curves/num_streams/4/pdt"),
+    ("decoded with 6 streams", "curves/num_streams/6/pdt"),
+    ("coverage precision", "coverage/precision"),
+    ("coverage recall", "coverage/recall"),
+    ("agreement AUROC, planted", "agreement/auroc"),
+    ("agreement AUROC, own text", "agreement/auroc_generated"),
+    ("KL from the trunk elsewhere", "text_ce/divergence"),
+)
+"""Figures in which evaluated trainings are compared, and where they stand."""
+
+FREE_RUNNING = (
+    ("recall, core", "curves/bus_lag/1/pdt"),
+    ("lag 2", "curves/bus_lag/2/pdt"),
+    ("two hops", "two_hop/repeated/pdt"),
+)
+"""Free-running figures of ablations."""
+
+ABOUT = (
+    "Held-out documents of the procedural worlds ([worlds.md](../worlds.md)), free-running decoding at temperature 1. "
+    "Estimates are means over training seeds. Intervals (95 %) resample seeds and documents, the same documents for "
+    "every seed; seeds are few, so the single ones stand beside the mean. A lower bar is held against the estimate, "
+    "an upper one against the upper end of the interval."
+)
+
+
+def read_pooled(runs: Sequence[Run]) -> Pooled | None:
+    """The finished evaluations among these as one; `None` where there is none."""
+    done = [run for run in runs if run.result() is not None]
+    if not done:
+        return None
+    reports = [read_json(run.folder / "evaluation.json") for run in done]
+    return Pooled(reports, [read_json(run.folder / DOCUMENTS_FILE) for run in done])
+
+
+def write_proof_report(
+    arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]], root: Path, command: str
+) -> Path | None:
+    """
+    Writes the Markdown report, and beside it, in a folder of its name, figures and `proof.json`.
+
+    Args:
+        arguments ([`ProofArguments`]): The list.
+        pieces (`Mapping`): From [`plan_pieces`].
+        root (`Path`): Repository.
+        command (`str`): What writes it.
+
+    Returns:
+        `Path`: The report; `None`, and nothing is written, while no seed of the main evaluation is finished.
+    """
+    main = read_pooled(pieces[arguments.main])
+    if main is None:
+        return None
+    path = root / arguments.report
+    folder = path.with_suffix("")
+    pooled, bars = main.report(), check_proof(main)
+    done = [run for run in pieces[arguments.main] if run.result() is not None]
+    trainings = {str(run.seed): read_training(run.after[0].model / "training_report.json") for run in done}
+    figures = figures_of(pooled, trainings, folder)
+    tables = [bars_table(bars, [run.seed for run in done])]
+    tables += [table for table in (maker(pooled) for maker in POOLED_TABLES) if table.rows]
+    tables += [
+        compared_table(arguments, pieces),
+        *ablation_tables(arguments, pieces, root),
+        list_table(arguments, pieces),
+    ]
+    met = [bar["met"] for bar in bars]
+    head = [
+        "# The proof on procedural worlds\n",
+        ABOUT + "\n",
+        f"{len(done)} of {len(pieces[arguments.main])} seeds are evaluated; {sum(met)} of {len(met)} bars are met.\n",
+    ]
+    images = [f"![{figure.stem}]({folder.name}/{figure.name})\n" for figure in figures]
+    shown = [to_markdown(table) for table in tables if table.rows]
+    text = "\n".join([*head, shown[0], *images, *shown[1:], commands_of(pieces, root, command)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "proof.json", {"bars": bars, "pooled": pooled, "command": command})
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def bars_table(bars: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Table:
+    """Every bar with its estimate, the single seeds, and whether it is met."""
+    rows = []
+    for bar in bars:
+        count = bar["value"]["n"]
+        seeds_shown = [show(value) or "-" for value in bar["seeds"]]
+        cells = [show(bar["value"]) or "nothing counted", "" if count is None else str(count), *seeds_shown]
+        rows.append([bar["name"], bar["bar"], *cells, "met" if bar["met"] else "missed"])
+    columns = ("measure", "wanted", "estimate", "n", *(f"seed {seed}" for seed in seeds), "result")
+    return Table("Bars", columns, rows, "", [bool(bar["met"]) for bar in bars])
+
+
+def compared_table(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]]) -> Table:
+    """Evaluated trainings side by side."""
+    found = {}
+    for name, entry in arguments.checked.items():
+        if entry.kind == "evaluate" and arguments.checked[entry.of or ""].kind == "train":
+            pooled = read_pooled(pieces[name])
+            if pooled is not None:
+                count = len(pooled.reports)
+                found[f"{entry.says} ({count} seed{'s' * (count > 1)})"] = pooled
+    rows = []
+    for label, path in COMPARED:
+        cells = [_cell(pooled, path) for pooled in found.values()]
+        if any(cells):
+            rows.append([label, *cells])
+    return Table("Recipes and trunks", ("measure", *found), rows if len(found) > 1 else [])
+
+
+def ablation_tables(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]], root: Path) -> list[Table]:
+    """What each choice buys: teacher-forced differences to the base, and free-running figures where evaluated."""
+    tables: list[Table] = []
+    for name, entry in arguments.checked.items():
+        source = arguments.checked.get(entry.of or "")
+        if entry.kind == "ablate":
+            (ablation,) = RecipeParser(AblationArguments).parse_values(
+                load_yaml(root / str(entry.recipe)) | entry.options
+            )
+            results: dict[str, dict[int, Any]] = {}
+            for run in pieces[name]:
+                if (result := run.result()) is not None:
+                    results.setdefault(run.case, {})[run.seed] = result
+            if len(results.get(BASE, {})) == len(ablation.seeds):
+                tables += report_tables(compare(ablation, results))
+        elif entry.kind == "evaluate" and source is not None and source.kind == "ablate":
+            tables.append(_free_running(pieces[name]))
+    return tables
+
+
+def _free_running(runs: Sequence[Run]) -> Table:
+    rows = []
+    for case in dict.fromkeys(run.case for run in runs):
+        pooled = read_pooled([run for run in runs if run.case == case])
+        if pooled is not None:
+            cells = [_cell(pooled, path) for _, path in FREE_RUNNING]
+            rows.append([case.partition("/")[2], str(len(pooled.reports)), *cells])
+    columns = ("case", "seeds", *(label for label, _ in FREE_RUNNING))
+    return Table("Ablations, free-running", columns, rows)
+
+
+def list_table(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]]) -> Table:
+    """The list of pieces: what is done, and how long it took."""
+    rows = []
+    for name, runs in pieces.items():
+        results = [result for result in (run.result() for run in runs) if result is not None]
+        minutes = sum(result["seconds"] for result in results) / 60
+        entry = arguments.checked[name]
+        cells = [entry.kind, entry.says, f"{len(results)} of {len(runs)}", f"{minutes:.0f}" if results else ""]
+        rows.append([name, *cells])
+    return Table("Pieces", ("entry", "kind", "what it is", "done", "minutes"), rows)
+
+
+def commands_of(pieces: Mapping[str, Sequence[Run]], root: Path, command: str) -> str:
+    """How it was made: the code, and the command of every finished piece, which reads its complete recipe."""
+    done = [run for runs in pieces.values() for run in runs if run.result() is not None]
+    states = [state for run in done for state in (run.result() or {}).get("git", []) if state]
+    code = sorted({state["sha"][:12] + (", changed" if state["dirty"] else "") for state in states})
+    lines = [f"python {run.script} --config {place_of(run.folder / RECIPE_FILE, root)}" for run in done]
+    about = f"Written by `python {command}`. `make proof` makes all pieces; each one is a command of its own."
+    return "\n".join(["## Commands", "", about, f"Code: {', '.join(code)}.", "", "```", *lines, "```", ""])
+
+
+def _cell(pooled: Pooled, path: str) -> str:
+    try:
+        return show(pooled.get(path).as_dict())
+    except KeyError:
+        return ""
