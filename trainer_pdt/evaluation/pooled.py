@@ -17,6 +17,8 @@ from torch import Tensor
 from ..calibration import Judgements, auroc, average_precision, expected_calibration_error
 
 DRAWS = 1000
+DRAWS_AT_ONCE = 100
+"""Draws whose weights of every judgement exist at the same time."""
 
 AREA_OF: dict[str, Callable[[Judgements, Tensor], Tensor]] = {
     "auroc": auroc,
@@ -146,8 +148,8 @@ class Pooled:
         columns, count = [], 0
         for found in self.documents:
             judgements = Judgements.of([[tuple(entry) for entry in rows] for rows in found[path]], finds)
-            weights_BN = self.times(len(found[path]))[:, judgements.document_N]
-            columns.append(AREA_OF[name](judgements, weights_BN))
+            some_of = self.times(len(found[path])).split(DRAWS_AT_ONCE)
+            columns.append(torch.cat([AREA_OF[name](judgements, part[:, judgements.document_N]) for part in some_of]))
             count += judgements.truth_N.numel()
         return self._over_seeds(columns, count)
 

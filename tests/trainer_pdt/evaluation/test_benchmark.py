@@ -242,3 +242,22 @@ def test_a_head_without_judgements_keeps_its_threshold(evaluation, monkeypatch, 
     assert "coverage_threshold by: it stays 0.5" in caplog.text
     with pytest.raises(ValueError, match="agreement_threshold is None"):
         agreement(evaluation)
+
+
+def test_an_earlier_calibration_is_taken_over(evaluation):
+    calibration = {"agreement": {"threshold": {"mean": 0.125}}, "coverage": {"threshold": {"mean": 0.75}}}
+    evaluation.adopt_calibration(calibration)
+    assert evaluation.calibration() is calibration
+    config = evaluation.model.generation_config
+    assert (config.agreement_threshold, config.coverage_threshold) == (0.125, 0.75)
+
+
+def test_text_is_counted_by_document(evaluation):
+    evaluation.documents = evaluation.documents[:3]
+    whole = evaluation.text()
+    assert whole["divergence"]["n"] == whole["tokens"] and whole["kl"] == pytest.approx(whole["divergence"]["mean"])
+    assert whole["excess"]["mean"] == pytest.approx(whole["pdt"] - whole["trunk"], abs=1e-6)
+    evaluation.documents = evaluation.documents[1:2]
+    alone = evaluation.text()
+    for name in ("divergence", "excess"):
+        assert alone[name]["clusters"][0] == pytest.approx(whole[name]["clusters"][1], abs=1e-3)
