@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from peft import PeftType
+import torch
+from peft import PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
 
+from .adapter_files import check_adapter_state
 from .adapter_layer import PDTStack, parameter_path_components
 from .configuration_adapter import PDTAdapterConfig
 from .trunk_split import check_layer_parts, check_trunk
@@ -31,6 +33,38 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
         )
 
 
+def fit_to_trunk(config: PDTAdapterConfig, trunk: nn.Module) -> str:
+    """
+    Fills in what depends on the trunk, or checks it; returns the attribute name of the trunk's stack.
+
+    Raises:
+        ValueError: For a trunk that cannot be wrapped, or a configuration made for another one.
+    """
+    name = check_trunk(trunk)
+    trunk_config = trunk.config.get_text_config(decoder=True)
+    config.resolve(trunk_config.hidden_size, trunk_config.num_hidden_layers, trunk_config.num_attention_heads)
+    if config.snc_placement == "after_attention":
+        check_layer_parts(getattr(trunk, name), config.instrumented_layers)
+    return name
+
+
+def adapter_shapes(config: PDTAdapterConfig, trunk: nn.Module) -> dict[str, torch.Size]:
+    """
+    Names and shapes that an adapter's file must have on this trunk.
+
+    Nothing is allocated and the trunk stays as it is, so a configuration that nobody has checked can be asked.
+    """
+    name = fit_to_trunk(config, trunk)
+    stack = getattr(trunk, name)
+    with torch.device("meta"):
+        wrapped = PDTStack(getattr(stack, "base_layer", stack), "default", config)
+    return {
+        f"base_model.model.{name}.{PDTTuner._remove_adapter_name_from_key(key, 'default')}": tensor.shape
+        for container in PDTStack.adapter_layer_names
+        for key, tensor in getattr(wrapped, container).state_dict(prefix=f"{container}.").items()
+    }
+
+
 class PDTTuner(BaseTuner):
     """Wraps the trunk's stack of decoder layers into a [`PDTStack`] and freezes the trunk."""
 
@@ -44,12 +78,8 @@ class PDTTuner(BaseTuner):
         """Checks trunk, adapter name and configuration before anything changes, then injects."""
         config = self.peft_config[adapter_name]
         try:
-            name = check_trunk(model)
             check_adapter_name(adapter_name, model)
-            trunk_config = model.config.get_text_config(decoder=True)
-            config.resolve(trunk_config.hidden_size, trunk_config.num_hidden_layers, trunk_config.num_attention_heads)
-            if config.snc_placement == "after_attention":
-                check_layer_parts(getattr(model, name), config.instrumented_layers)
+            name = fit_to_trunk(config, model)
         except Exception:
             if len(self.peft_config) > 1:
                 self.peft_config.pop(adapter_name, None)
@@ -81,6 +111,15 @@ class PDTTuner(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PDTAdapterConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT would skip what is missing, and load an additional tensor even into the trunk."""
+        own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        check_adapter_state(state_dict, {name: tensor.shape for name, tensor in own.items()}, f"{adapter_name!r}")
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

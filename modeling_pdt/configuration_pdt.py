@@ -61,6 +61,12 @@ class PDTConfig(PreTrainedConfig):
         for name in ("block_size", "bus_lag", "bus_capacity"):
             check_range("PDTConfig", name, getattr(self, name), 1)
         check_range("PDTConfig", "commit_horizon", self.commit_horizon, self.block_size)
+        parts = self.adapter_subfolder.replace("\\", "/").split("/")
+        if ".." in parts or not parts[0] or ":" in parts[0]:
+            raise ValueError(
+                f"PDTConfig.adapter_subfolder must be a folder inside the model's folder, "
+                f"got {self.adapter_subfolder!r}."
+            )
 
     @staticmethod
     def own_fields() -> tuple[str, ...]:

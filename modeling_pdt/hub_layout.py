@@ -1,4 +1,4 @@
-"""Files of a saved model: layout, code, adapter and trunk; strict reading of adapter weights."""
+"""Files of a saved model beside its adapter: configuration, code, trunk; and their way to the Hub."""
 
 import json
 import os
@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, save_torch_state_dict
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
+from huggingface_hub import HfApi, save_torch_state_dict
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForCausalLM
 
-from .configuration_adapter import PDTAdapterConfig
+from .adapter_files import check_inside
 from .configuration_pdt import PDTConfig
 
 AUTO_MAP = {
@@ -34,20 +33,42 @@ def copy_code(folder: Path) -> None:
 
 
 def resolve_trunk_name(config: PDTConfig, folder_or_repo: str) -> str:
-    """The trunk's Hub id or path; a relative path that exists under the model's folder is taken from there."""
+    """
+    The trunk's Hub id or path; a relative path that exists under the model's folder is taken from there.
+
+    Raises:
+        ValueError: When there is no name, or one that leads out of the folder or out of the Hub.
+    """
     name = config.trunk_name_or_path
     if not name:
         raise ValueError(
             "config.trunk_name_or_path is empty: this model was made on a trunk without a name. Pass trunk=..., or "
             "save with include_trunk=True."
         )
-    inside = Path(folder_or_repo) / name
-    return str(inside) if os.path.isdir(folder_or_repo) and inside.is_dir() else name
+    is_folder = os.path.isdir(folder_or_repo)
+    if is_folder and (Path(folder_or_repo) / name).is_dir() and not os.path.isabs(name):
+        return str(check_inside(folder_or_repo, name))
+    if is_folder and os.path.isabs(name):
+        return name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"trunk_name_or_path={name!r} in the config.json of {folder_or_repo}, allowed: a Hub id"
+            f"{', an absolute path, or a folder inside' if is_folder else ' or ' + repr(TRUNK_SUBFOLDER)}."
+        ) from error
+    return name
 
 
 def portable_trunk_name(name: str | None) -> str | None:
     """The trunk's name as it may be written into a file: a local path becomes absolute, a Hub id stays."""
     return str(Path(name).resolve()) if name and os.path.isdir(name) else name or None
+
+
+def public_name(config: PDTConfig) -> str | None:
+    """The trunk's name if it means the same to everybody: a Hub id."""
+    name = config.trunk_name_or_path
+    return None if not name or name == TRUNK_SUBFOLDER or os.path.isdir(name) else name
 
 
 def save_trunk(trunk: torch.nn.Module, folder: Path) -> None:
@@ -72,92 +93,16 @@ def save_trunk(trunk: torch.nn.Module, folder: Path) -> None:
         trunk.generation_config.save_pretrained(folder)
 
 
-def save_adapter(peft: PeftModel, adapter_name: str, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
-    """
-    Writes one adapter's configuration and safetensors into `folder`, whatever the adapter's name.
-
-    Args:
-        peft (`PeftModel`): The model that holds it.
-        adapter_name (`str`): Its name in this process.
-        folder (`Path`): Created if missing.
-        state (`dict`, *optional*): State to save in place of the model's own, named as in `peft.state_dict()`.
-    """
-    peft.save_pretrained(
-        str(folder),
-        selected_adapters=[adapter_name],
-        save_embedding_layers=False,
-        **({} if state is None else {"state_dict": state}),
-    )
-    # PEFT writes any adapter that is not called "default" into a folder of its name.
-    named = folder / adapter_name
-    if adapter_name != "default":
-        for file in named.iterdir():
-            file.replace(folder / file.name)
-        named.rmdir()
-
-
-def read_adapter_config(folder_or_repo: str, subfolder: str, hub_kwargs: dict[str, Any]) -> PDTAdapterConfig:
-    """
-    The adapter's configuration, read strictly.
-
-    Raises:
-        ValueError: For keys that `PDTAdapterConfig` does not know, or another PEFT method.
-    """
-    local = Path(folder_or_repo) / subfolder / "adapter_config.json"
-    path = local if local.is_file() else None
-    if path is None:
-        if os.path.isdir(folder_or_repo):
-            raise FileNotFoundError(f"{local} does not exist.")
-        path = hf_hub_download(folder_or_repo, f"{subfolder}/adapter_config.json", **hub_kwargs)
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
-    if values.get("peft_type") != "PDT":
-        raise ValueError(f"adapter_config.json: peft_type must be 'PDT', got {values.get('peft_type')!r}.")
-    known = set(PDTAdapterConfig.__dataclass_fields__)
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"adapter_config.json has unknown keys {unknown}; known keys are {sorted(known)}.")
-    return PDTAdapterConfig(**{key: value for key, value in values.items() if key != "peft_type"})
-
-
-def load_adapter_weights(
-    peft: PeftModel, adapter_name: str, folder_or_repo: str, subfolder: str, hub_kwargs: dict[str, Any]
-) -> None:
-    """
-    Loads `adapter_model.safetensors` into an injected adapter.
-
-    Raises:
-        ValueError: For a missing, an additional or a misshapen tensor, naming it.
-    """
-    try:
-        loaded = load_peft_weights(folder_or_repo, device="cpu", subfolder=subfolder, **hub_kwargs)
-    except Exception as error:
-        raise ValueError(f"the adapter file in {folder_or_repo}/{subfolder} cannot be read: {error}") from error
-    check_adapter_state(loaded, get_peft_model_state_dict(peft, adapter_name=adapter_name), folder_or_repo)
-    set_peft_model_state_dict(peft, loaded, adapter_name=adapter_name)
-
-
-def check_adapter_state(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], where: str) -> None:
-    """Raises `ValueError` unless both states have the same names and shapes."""
-    problems = [
-        *(f"missing {name}" for name in sorted(set(expected) - set(loaded))),
-        *(f"unexpected {name}" for name in sorted(set(loaded) - set(expected))),
-        *(
-            f"{name} has shape {list(loaded[name].shape)}, expected {list(expected[name].shape)}"
-            for name in sorted(set(loaded) & set(expected))
-            if loaded[name].shape != expected[name].shape
-        ),
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"the adapter in {where} does not fit this model: {shown}.")
-
-
 def load_trunk(
     config: PDTConfig, source: str, hub_kwargs: dict[str, Any], trunk_kwargs: dict[str, Any]
 ) -> torch.nn.Module:
     """The trunk that `config.json` names, loaded with the caller's arguments; never with an explicit `None`."""
     name = resolve_trunk_name(config, source)
     arguments = {key: value for key, value in hub_kwargs.items() if key != "revision"}
+    # What the auto class asks for by itself follows the same choices.
+    arguments["adapter_kwargs"] = {k: v for k, v in arguments.items() if k in ("cache_dir", "local_files_only")}
+    # Pickles are not opened, unless the caller asks for it.
+    trunk_kwargs.setdefault("use_safetensors", True)
     if name == TRUNK_SUBFOLDER and not os.path.isdir(source):
         name, arguments["subfolder"] = source, TRUNK_SUBFOLDER
         arguments.update({key: hub_kwargs[key] for key in ("revision",) if key in hub_kwargs})
@@ -183,7 +128,13 @@ def upload(folder: Path, repo_id: str, private: bool | None = None, token: str |
             f"trunk_name_or_path={name!r} is a local folder; for an upload it must be a Hub id, or use "
             "include_trunk=True."
         )
+    links = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink())
+    if links:
+        raise ValueError(f"{folder} holds links, whose targets would be uploaded: {links}, allowed: plain files.")
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    revision = kwargs.get("revision")
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
     message = kwargs.pop("commit_message", "Upload PDT adapters")
     return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message, **kwargs))

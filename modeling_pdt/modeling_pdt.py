@@ -3,16 +3,14 @@
 Letters: R rows, T tokens, W notes of a window, N note width, M supervised positions.
 """
 
-import os
-import tempfile
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import distributed, nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers.utils import resolve_revision
 
 from .adapter_layer import PDTStack, expand_stream_ids, restrict_to_streams
 from .adapter_model import register_pdt
@@ -21,21 +19,10 @@ from .configuration_adapter import PDTAdapterConfig
 from .configuration_generation import PDTGenerationConfig
 from .configuration_pdt import PDTConfig
 from .generation_pdt import parallel_generate
-from .hub_layout import (
-    AUTO_MAP,
-    HUB_KEYS,
-    TRUNK_SUBFOLDER,
-    copy_code,
-    load_adapter_weights,
-    load_trunk,
-    portable_trunk_name,
-    read_adapter_config,
-    save_adapter,
-    save_trunk,
-    upload,
-)
+from .hub_layout import portable_trunk_name
 from .note_states import NoteStates
 from .outputs import ParallelGenerateOutput, PDTOutput
+from .pretrained import PDTPretrained
 from .rollout import Rollout, run_lower_half, run_rollout, window_with_plan
 from .trunk_split import TapState
 
@@ -43,7 +30,7 @@ from .trunk_split import TapState
 TRUNK_CHOICES = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
 
 
-class PDTForParallelDecoding(PreTrainedModel):
+class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
     """
     A frozen causal LM whose upper layers read other streams' notes.
 
@@ -87,7 +74,8 @@ class PDTForParallelDecoding(PreTrainedModel):
         New, untrained adapters on a trunk, which is frozen and wrapped in place.
 
         Args:
-            trunk (`nn.Module` or `str`): A causal LM, or the name or path of one.
+            trunk (`nn.Module` or `str`): A causal LM, or the name or path of one. With a Hub id the commit that was
+                loaded becomes `trunk_revision`.
             adapter_config (`PDTAdapterConfig`, *optional*): Shapes and starts; default for every field.
             adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
             overrides: Fields of `PDTAdapterConfig`, `PDTConfig` or `PDTGenerationConfig`; each goes to its owner.
@@ -108,8 +96,10 @@ class PDTForParallelDecoding(PreTrainedModel):
                 owned["generation"][key] = value
             else:
                 raise ValueError(f"{key!r} is no field of PDTAdapterConfig, PDTConfig or PDTGenerationConfig.")
+        revision = None
         if isinstance(trunk, str):
-            trunk = AutoModelForCausalLM.from_pretrained(trunk)
+            revision = resolve_revision(trunk)
+            trunk = AutoModelForCausalLM.from_pretrained(trunk, revision=revision)
         values = {} if adapter_config is None else {**adapter_config.to_dict()}
         values = {key: value for key, value in {**values, **owned["adapter"]}.items() if key != "peft_type"}
         adapter_config = PDTAdapterConfig(**values)
@@ -117,7 +107,7 @@ class PDTForParallelDecoding(PreTrainedModel):
         config = PDTConfig(
             **{
                 "trunk_name_or_path": portable_trunk_name(trunk.config._name_or_path),
-                "trunk_revision": getattr(trunk.config, "_commit_hash", None),
+                "trunk_revision": getattr(revision, "resolved", None),
                 "trunk_config": {k: v for k, v in trunk.config.to_dict().items() if k != "_name_or_path"},
                 **owned["model"],
             }
@@ -127,99 +117,6 @@ class PDTForParallelDecoding(PreTrainedModel):
             setattr(model.generation_config, key, value)
         model.generation_config.check()
         return model
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        trunk: nn.Module | None = None,
-        config: PDTConfig | None = None,
-        is_trainable: bool = False,
-        **kwargs: Any,
-    ) -> "PDTForParallelDecoding":
-        """
-        Trained adapters, and the trunk they were trained on.
-
-        Args:
-            pretrained_model_name_or_path (`str`): Folder or Hub repository.
-            trunk (`nn.Module`, *optional*): A loaded trunk; default: the one that `config.json` names.
-            config (`PDTConfig`, *optional*): A ready configuration.
-            is_trainable (`bool`, *optional*, defaults to `False`): Leave the adapters trainable.
-            kwargs: Hub arguments, and arguments of the trunk's `from_pretrained` (`dtype`, `device_map`,
-                `attn_implementation`, `quantization_config`, ...); fields of `PDTConfig` override the saved ones.
-
-        Raises:
-            ValueError: For an adapter that does not fit: missing, additional or misshapen tensors, unknown keys.
-        """
-        register_pdt()
-        source = str(pretrained_model_name_or_path)
-        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KEYS if kwargs.get(key) is not None}
-        for key in ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash", "code_revision", *HUB_KEYS):
-            kwargs.pop(key, None)
-        if config is None:
-            config = PDTConfig.from_pretrained(source, **hub_kwargs)
-        for key in [key for key in kwargs if key in PDTConfig.own_fields()]:
-            setattr(config, key, kwargs.pop(key))
-        trunk_kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        if trunk is None:
-            trunk = load_trunk(config, source, hub_kwargs, trunk_kwargs)
-        elif trunk_kwargs:
-            raise ValueError(f"{sorted(trunk_kwargs)} are arguments for loading a trunk, but trunk= was given.")
-        adapter_config = read_adapter_config(source, config.adapter_subfolder, hub_kwargs)
-        adapter_config.inference_mode = not is_trainable
-        peft = get_peft_model(trunk, adapter_config)
-        load_adapter_weights(peft, "default", source, config.adapter_subfolder, hub_kwargs)
-        model = cls(config, peft)
-        model.generation_config = PDTGenerationConfig.from_pretrained(source, **hub_kwargs)
-        model.config._name_or_path = source
-        return model.eval()
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        include_trunk: bool = False,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Writes `config.json`, code, `generation_config.json` and `adapter/`; the trunk only when asked.
-
-        Args:
-            save_directory (`str`): Created if missing.
-            include_trunk (`bool`, *optional*, defaults to `False`): Also write `trunk/` and refer to it.
-            is_main_process (`bool`, *optional*, defaults to `True`): Only the main process writes.
-            state_dict (`dict`, *optional*): State to save in place of the model's own (gathered by a sharded trainer).
-            push_to_hub (`bool`, *optional*, defaults to `False`): Upload to `kwargs["repo_id"]` afterwards.
-        """
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"save_directory must be a folder, got the file {folder}.")
-        folder.mkdir(parents=True, exist_ok=True)
-        config = PDTConfig.from_dict({**self.config.to_dict(), "auto_map": AUTO_MAP})
-        if include_trunk:
-            save_trunk(self.trunk, folder / TRUNK_SUBFOLDER)
-            config.trunk_name_or_path, config.trunk_revision = TRUNK_SUBFOLDER, None
-        config.architectures = [PDTForParallelDecoding.__name__]
-        config.auto_map = dict(AUTO_MAP)
-        config.save_pretrained(folder)
-        copy_code(folder)
-        self.generation_config.save_pretrained(folder)
-        adapter_state = None
-        if state_dict is not None:
-            adapter_state = {key.removeprefix("peft."): value for key, value in state_dict.items()}
-        save_adapter(self.peft, self.stack.active, folder / config.adapter_subfolder, adapter_state)
-        if push_to_hub:
-            upload(folder, **kwargs)
-
-    def push_to_hub(self, repo_id: str, include_trunk: bool = False, **kwargs: Any) -> str:
-        """Saves to a temporary folder and uploads it to `repo_id`; returns the commit's address."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, include_trunk=include_trunk)
-            return upload(Path(folder), repo_id=repo_id, **kwargs)
 
     @property
     def trunk(self) -> nn.Module:

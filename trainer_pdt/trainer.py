@@ -19,7 +19,8 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, has_length
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput
-from modeling_pdt.hub_layout import copy_code, load_adapter_weights
+from modeling_pdt.adapter_files import load_adapter_weights
+from modeling_pdt.hub_layout import copy_code
 
 from .arguments import PDTTrainingArguments
 from .balance import DistillationBalance

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig
 
 from modeling_pdt import PDTAdapterConfig, PDTConfig, PDTForParallelDecoding, PDTGenerationConfig
-from modeling_pdt.hub_layout import read_adapter_config
+from modeling_pdt.adapter_files import read_adapter_config
 
 
 def test_adapter_defaults():
