@@ -1,0 +1,149 @@
+"""What Hub users do, each function in a process of its own; values are JSON. Run through `process.Visitors`."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
+
+TINY_TOKENIZER = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "trunk"
+GREEDY = {"num_streams": 3, "max_new_tokens": 7, "do_sample": False}
+
+
+def publish(case: str) -> dict:
+    """A trunk with its tokenizer; adapters on it; adapters and trunk in one repository; the same in private."""
+    from modeling_pdt import PDTForParallelDecoding
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_TOKENIZER)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).push_to_hub("owner/trunk")
+    tokenizer.push_to_hub("owner/trunk")
+    model = PDTForParallelDecoding.from_trunk("owner/trunk", notes_dim=16, block_size=4, adapter_bottleneck=8).eval()
+    urls = {"untrained": model.push_to_hub("owner/pdt")}
+    with torch.no_grad():
+        for parameter in model.pdt_parameters().values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    urls["adapters"] = model.push_to_hub("owner/pdt", commit_message="Train")
+    urls["whole"] = model.push_to_hub("owner/whole", include_trunk=True)
+    urls["private"] = model.push_to_hub("owner/secret", include_trunk=True, private=True)
+    for name in ("owner/pdt", "owner/whole"):
+        tokenizer.push_to_hub(name)
+    inputs = {
+        "input_ids": torch.randint(2, config.vocab_size, (3, 14)),
+        "stream_ids": torch.arange(3),
+        "notes": torch.randn(3, 5, 16),
+        "notes_mask": torch.rand(3, 5) < 0.7,
+    }
+    prompt = tokenizer(["Describe the town of Velmar in three parts.\n"], return_tensors="pt")
+    with torch.no_grad():
+        outcome = {"logits": model(**inputs).logits, "tokens": model.generate(**prompt, **GREEDY)}
+    torch.save({"inputs": inputs, "prompt": dict(prompt), **outcome}, case)
+    return urls
+
+
+@torch.no_grad()
+def compare(model, case: str) -> dict:
+    """How far a loaded model is from the published one."""
+    case = torch.load(case, weights_only=True)
+    logits = model(**case["inputs"]).logits
+    report = {"difference": (logits - case["logits"]).abs().max().item(), "kind": type(model).__module__}
+    if not isinstance(model, PeftModel):
+        report["tokens"] = torch.equal(model.generate(**case["prompt"], **GREEDY), case["tokens"])
+    return report
+
+
+def load(kind: str, repo: str, case: str, hub_token: str | None = None, **options) -> dict:
+    """Loads in one of the ways that a user may choose, and compares."""
+    if hub_token is not None:
+        options["token"] = hub_token
+    model = {"model": AutoModel, "causal": AutoModelForCausalLM}[kind].from_pretrained(
+        repo, trust_remote_code=True, **options
+    )
+    return compare(model, case)
+
+
+def composite(repo: str, case: str, hub_token: str | None = None, **options) -> dict:
+    """The installed package's own class; no remote code runs."""
+    from modeling_pdt import PDTForParallelDecoding
+
+    if hub_token is not None:
+        options["token"] = hub_token
+    return compare(PDTForParallelDecoding.from_pretrained(repo, **options), case)
+
+
+def peft_view(repo: str, case: str) -> dict:
+    """The adapter on a trunk that the user has loaded, as any PEFT method."""
+    import modeling_pdt  # noqa: F401
+
+    trunk = AutoModelForCausalLM.from_pretrained("owner/trunk")
+    return compare(PeftModel.from_pretrained(trunk, repo, subfolder="adapter").eval(), case)
+
+
+def read_config(repo: str) -> dict:
+    """The configuration alone."""
+    config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
+    return {"module": type(config).__module__, "trunk": config.trunk_name_or_path, "block_size": config.block_size}
+
+
+def choices(repo: str, **options) -> dict:
+    """What arguments for the trunk's loader have done."""
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, **options)
+    trunk = {name: p for name, p in model.named_parameters() if "pdt_" not in name}
+    return {
+        "dtype": sorted({str(p.dtype) for p in trunk.values()}),
+        "adapter_dtype": sorted({str(p.dtype) for p in model.pdt_parameters().values()}),
+        "attention": model.trunk.config._attn_implementation,
+        "offloaded": sorted({name.split(".layers.")[1][0] for name, p in trunk.items() if p.is_meta}),
+    }
+
+
+def copies_together(repo: str, case: str, package_first: bool) -> dict:
+    """The package and the remote copy of the same code in one process, in either order."""
+    reports = {}
+    for kind in ("package", "remote") if package_first else ("remote", "package"):
+        reports[kind] = composite(repo, case) if kind == "package" else load("model", repo, case)
+    return reports
+
+
+def write_text(repo: str, **options) -> list[str]:
+    """The pipeline of transformers."""
+    writer = pipeline("text-generation", model=repo, trust_remote_code=True)
+    prompt = "Describe the town of Velmar in three parts.\n"
+    return [entry["generated_text"] for entry in writer(prompt, **GREEDY, **options)]
+
+
+def save_again(repo: str, case: str, folder: str) -> dict:
+    """Remote code saves itself, completely."""
+    AutoModel.from_pretrained(repo, trust_remote_code=True).save_pretrained(folder, include_trunk=True)
+    return load("model", folder, case)
+
+
+def error_of(name: str, *arguments, **options) -> dict:
+    """The error that another visit ends with."""
+    try:
+        value = globals()[name](*arguments, **options)
+    except Exception as error:
+        return {"type": type(error).__name__, "text": str(error)}
+    raise AssertionError(f"{name} raised nothing but returned {value!r}")
