@@ -49,6 +49,10 @@ def find_file(folder_or_repo: str, name: str, hub_kwargs: dict[str, Any]) -> Pat
     return path
 
 
+def _below(subfolder: str, name: str) -> str:
+    return f"{subfolder}/{name}" if subfolder else name
+
+
 def save_adapter(
     peft: PeftModel,
     adapter_name: str,
@@ -92,7 +96,7 @@ def read_adapter_config(folder_or_repo: str, subfolder: str, hub_kwargs: dict[st
     Raises:
         ValueError: For keys that `PDTAdapterConfig` does not know, or another PEFT method.
     """
-    path = find_file(folder_or_repo, f"{subfolder}/{ADAPTER_CONFIG_FILE}", hub_kwargs)
+    path = find_file(folder_or_repo, _below(subfolder, ADAPTER_CONFIG_FILE), hub_kwargs)
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("peft_type") != "PDT":
         raise ValueError(f"adapter_config.json: peft_type must be 'PDT', got {values.get('peft_type')!r}.")
@@ -111,7 +115,7 @@ def read_adapter_state(folder_or_repo: str, subfolder: str, hub_kwargs: dict[str
         ValueError: When the file is missing, damaged, or no safetensors file.
     """
     try:
-        path = find_file(folder_or_repo, f"{subfolder}/{ADAPTER_WEIGHTS_FILE}", hub_kwargs)
+        path = find_file(folder_or_repo, _below(subfolder, ADAPTER_WEIGHTS_FILE), hub_kwargs)
         return load_state_dict_from_file(path, map_location="cpu")
     except Exception as error:
         raise ValueError(f"the adapter file in {folder_or_repo}/{subfolder} cannot be read: {error}") from error

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from peft import PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
@@ -30,6 +30,27 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
         raise ValueError(
             f"adapter_name must not be a component of a parameter name, contain '.', or start with 'pdt', "
             f"got {adapter_name!r}."
+        )
+
+
+def check_bare(trunk: nn.Module) -> None:
+    """
+    Refuses a trunk that carries adapters already: PDT's own belong to another model, and others would be frozen, lost
+    on saving, and mistaken for the trunk.
+
+    Raises:
+        ValueError: Naming the layers and what to do about them.
+    """
+    found = sorted({type(module).__name__ for module in trunk.modules() if isinstance(module, BaseTunerLayer)})
+    if "PDTStack" in found:
+        raise ValueError(
+            "this trunk carries PDT adapters already: load or add others on the model that has them (load_adapter, "
+            "add_adapter), or take back the trunk with unload()."
+        )
+    if found:
+        raise ValueError(
+            f"this trunk carries adapters of another method (layers {found}), which cannot stand beside PDT: merge "
+            "them into the trunk (merge_and_unload) or remove them (unload) first."
         )
 
 
@@ -71,6 +92,7 @@ class PDTTuner(BaseTuner):
     prefix: str = "pdt_"
     tuner_layer_cls = PDTStack
     target_module_mapping: dict[str, list[str]] = {}
+    holds_trunk = False
     # transformers' own `load_adapter` refuses tuners whose state is more than one tensor per target.
     uses_shared_state = True
 
@@ -78,6 +100,8 @@ class PDTTuner(BaseTuner):
         """Checks trunk, adapter name and configuration before anything changes, then injects."""
         config = self.peft_config[adapter_name]
         try:
+            if not self.holds_trunk:
+                check_bare(model)
             check_adapter_name(adapter_name, model)
             name = fit_to_trunk(config, model)
         except Exception:
@@ -86,6 +110,7 @@ class PDTTuner(BaseTuner):
             raise
         config.target_modules = [name]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.holds_trunk = True
 
     def _prepare_adapter_config(self, peft_config: PDTAdapterConfig, model_config: dict) -> PDTAdapterConfig:
         return peft_config

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 SNC_PLACEMENTS = ("between", "after_attention")
 SNC_INITS = ("trunk_space", "zero")
@@ -119,7 +119,8 @@ class PDTAdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "PDT"
+        # A plain name until the method is registered, see `register_pdt`; both read the same in a file.
+        self.peft_type = PeftType.__members__.get("PDT", "PDT")
         owner = type(self).__name__
         for name in ("num_streams", "notes_per_block", "adapter_bottleneck", "num_plan_slots", "plan_dim"):
             check_integer(owner, name, getattr(self, name), 1)

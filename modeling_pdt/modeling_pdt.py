@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.utils import resolve_revision
 
 from .adapter_layer import PDTStack, expand_stream_ids, restrict_to_streams
-from .adapter_model import register_pdt
+from .adapter_model import check_bare, register_pdt
 from .conditioning_check import ConditioningCheck, check_conditioning
 from .configuration_adapter import PDTAdapterConfig
 from .configuration_generation import PDTGenerationConfig
@@ -100,6 +100,7 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
         if isinstance(trunk, str):
             revision = resolve_revision(trunk)
             trunk = AutoModelForCausalLM.from_pretrained(trunk, revision=revision)
+        check_bare(trunk)
         values = {} if adapter_config is None else {**adapter_config.to_dict()}
         values = {key: value for key, value in {**values, **owned["adapter"]}.items() if key != "peft_type"}
         adapter_config = PDTAdapterConfig(**values)

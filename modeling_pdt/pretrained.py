@@ -17,7 +17,7 @@ from .adapter_files import (
     read_adapter_state,
     save_adapter,
 )
-from .adapter_model import adapter_shapes, register_pdt
+from .adapter_model import adapter_shapes, check_bare, register_pdt
 from .configuration_adapter import PDTAdapterConfig
 from .configuration_generation import PDTGenerationConfig
 from .configuration_pdt import PDTConfig
@@ -89,6 +89,7 @@ class PDTPretrained:
             trunk = load_trunk(config, source, hub_kwargs, trunk_kwargs)
         elif trunk_kwargs:
             raise ValueError(f"{sorted(trunk_kwargs)} are arguments for loading a trunk, but trunk= was given.")
+        check_bare(trunk)
         check_adapter_state(state, adapter_shapes(adapter_config, trunk), source)
         peft = get_peft_model(trunk, adapter_config)
         set_peft_model_state_dict(peft, state)
@@ -221,6 +222,18 @@ class PDTPretrained:
                 "take back the trunk (unload)."
             )
         self.peft.delete_adapter(adapter_name)
+
+    def active_adapters(self) -> list[str]:
+        """Name of the one active adapter, in a list as transformers has it."""
+        return [self.stack.active]
+
+    def disable_adapters(self) -> None:
+        """Makes the model its trunk until [`enable_adapters`]; [`disable_adapter`] does it within a context."""
+        self.peft.base_model.disable_adapter_layers()
+
+    def enable_adapters(self) -> None:
+        """Undoes [`disable_adapters`]."""
+        self.peft.base_model.enable_adapter_layers()
 
     def unload(self) -> nn.Module:
         """The trunk, without any adapter and exactly as it was; this model cannot be used afterwards."""

@@ -147,3 +147,17 @@ def error_of(name: str, *arguments, **options) -> dict:
     except Exception as error:
         return {"type": type(error).__name__, "text": str(error)}
     raise AssertionError(f"{name} raised nothing but returned {value!r}")
+
+
+def save_with_token(repo: str, folder: str, token: str, debug: bool) -> dict:
+    """A private repository with an explicit token, everything logged, saved and described."""
+    import logging
+
+    from modeling_pdt import PDTForParallelDecoding
+
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(message)s")
+    model = PDTForParallelDecoding.from_pretrained(repo, token=token)
+    model.load_adapter(repo, "second", token=token)
+    model.save_pretrained(folder, include_trunk=True)
+    logging.debug("%r %r %r", model.config, model.generation_config, model.peft.peft_config)
+    return {"loaded": True}
