@@ -1,5 +1,6 @@
 """Files of a saved model beside its adapter: configuration, code, trunk; and their way to the Hub."""
 
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from .adapter_files import check_inside
 from .configuration_pdt import PDTConfig
+from .generation_trunk import generate as generate_on_trunk
 
 AUTO_MAP = {
     "AutoConfig": "configuration_pdt.PDTConfig",
@@ -21,15 +23,21 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_pdt.PDTForParallelDecoding",
 }
 TRUNK_SUBFOLDER = "trunk"
+CUSTOM_GENERATE_FILE = "custom_generate/generate.py"
 HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def copy_code(folder: Path) -> None:
-    """Copies the flat modelling code beside `config.json`, so that `trust_remote_code` can load it."""
+    """
+    Copies the flat modelling code beside `config.json`, where `trust_remote_code` loads it from, and what a plain
+    trunk runs with `custom_generate=` into the folder that transformers asks for.
+    """
     source = Path(__file__).resolve().parent
     for file in sorted(source.glob("*.py")):
         if file.name != "__init__.py" and (folder / file.name).resolve() != file:
             shutil.copyfile(file, folder / file.name)
+    (folder / CUSTOM_GENERATE_FILE).parent.mkdir(exist_ok=True)
+    shutil.copyfile(inspect.getsourcefile(generate_on_trunk), folder / CUSTOM_GENERATE_FILE)
 
 
 def resolve_trunk_name(config: PDTConfig, folder_or_repo: str) -> str:

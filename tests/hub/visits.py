@@ -161,3 +161,42 @@ def save_with_token(repo: str, folder: str, token: str, debug: bool) -> dict:
     model.save_pretrained(folder, include_trunk=True)
     logging.debug("%r %r %r", model.config, model.generation_config, model.peft.peft_config)
     return {"loaded": True}
+
+
+def generate_on_a_trunk(repo: str, case: str, **options) -> dict:
+    """A user who has the trunk alone; what the call leaves behind on it."""
+    case = torch.load(case, weights_only=True)
+    trunk = AutoModelForCausalLM.from_pretrained("owner/trunk").train()
+    trunk.lm_head.eval()
+    state = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    before = [(name, type(module), module.training) for name, module in trunk.named_modules()]
+    plain = {"max_new_tokens": 7, "do_sample": False}
+    expected = trunk.generate(**case["prompt"], **plain)
+    report = {"kind": [], "tokens": []}
+    for _ in range(2):
+        out = trunk.generate(
+            **case["prompt"],
+            **GREEDY,
+            custom_generate=repo,
+            trust_remote_code=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        report["kind"].append(type(out).__module__.split(".")[0])
+        report["tokens"].append(torch.equal(out.sequences, case["tokens"]))
+        report["same_tensors"] = all(torch.equal(tensor, state[name]) for name, tensor in trunk.state_dict().items())
+        report["same_names"] = list(trunk.state_dict()) == list(state)
+        report["same_modules"] = [(n, type(m), m.training) for n, m in trunk.named_modules()] == before
+        report["learns"] = all(parameter.requires_grad for parameter in trunk.parameters())
+        report["same_plain"] = torch.equal(trunk.generate(**case["prompt"], **plain), expected)
+        report["peft"] = hasattr(trunk, "peft_config")
+    return report
+
+
+def generate_on_another_trunk(repo: str, case: str, **options) -> None:
+    """Adapters on a trunk of another shape, or with an argument that there is not."""
+    case = torch.load(case, weights_only=True)
+    config = AutoConfig.from_pretrained("owner/trunk", num_hidden_layers=options.pop("layers", 3))
+    LlamaForCausalLM(config).generate(
+        **case["prompt"], **GREEDY, custom_generate=repo, trust_remote_code=True, **options
+    )
