@@ -93,7 +93,8 @@ def save_trunk(trunk: torch.nn.Module, folder: Path) -> None:
     }
     save_torch_state_dict(state, folder)
     config = trunk.config.to_dict()
-    config.pop("quantization_config", None)
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
     config["architectures"] = [type(trunk).__name__]
     config["dtype"] = str(next(trunk.parameters()).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")

@@ -190,6 +190,7 @@ def generate_on_a_trunk(repo: str, case: str, **options) -> dict:
         report["learns"] = all(parameter.requires_grad for parameter in trunk.parameters())
         report["same_plain"] = torch.equal(trunk.generate(**case["prompt"], **plain), expected)
         report["peft"] = hasattr(trunk, "peft_config")
+        report.setdefault("lent", []).append(id(vars(trunk)["_pdt_lent"][1]))
     return report
 
 
@@ -200,3 +201,19 @@ def generate_on_another_trunk(repo: str, case: str, **options) -> None:
     LlamaForCausalLM(config).generate(
         **case["prompt"], **GREEDY, custom_generate=repo, trust_remote_code=True, **options
     )
+
+
+def release(folder: str, repo: str, *words: str) -> str | None:
+    """The recipe that publishes."""
+    from recipes import push_to_hub
+
+    return push_to_hub.main(["--model", folder, "--repo_id", repo, *words])
+
+
+def decode_release(repo: str) -> dict:
+    """A stranger follows the card."""
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(repo)
+    inputs = tokenizer(["Describe the town of Velmar in three parts.\n"], return_tensors="pt", padding=True)
+    out = model.generate(**inputs, tokenizer=tokenizer, max_new_tokens=8, return_dict_in_generate=True)
+    return {"streams": len(out.streams[0]), "threshold": model.generation_config.agreement_threshold}

@@ -1,0 +1,68 @@
+"""A release reaches the Hub whole, and a stranger can check and use it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.hub.conftest import OWNER_TOKEN
+from tests.tiny_training import make_model, tokenizer
+
+EVALUATION = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo" / "evaluation.json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trained model's folder as the trainer leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    model = make_model()
+    model.generation_config.agreement_threshold = 0.25
+    model.save_pretrained(folder, include_trunk=True)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_publish_and_use(visit, hub, folder, tmp_path):
+    words = ("--include_trunk", "--evaluation", str(EVALUATION), "--staging_folder", str(tmp_path), "--private")
+    visit("release", folder, "owner/dry", *words, "--dry-run", package=True, token=OWNER_TOKEN)
+    assert ("model", "owner/dry") not in hub.repositories
+    start = len(hub.requests)
+    url, printed = visit("release", folder, "owner/release", *words, package=True, token=OWNER_TOKEN)
+    asked = [path for _, path, _ in hub.requests[start:]]
+    assert asked.index("/api/validate-yaml") < asked.index("/api/repos/create")
+    assert url in printed and OWNER_TOKEN not in printed and hub.repositories["model", "owner/release"].private
+    files = hub.files("owner/release")
+    staged = tmp_path / "owner--release"
+    assert {name: content for name, content in files.items() if name != ".gitattributes"} == {
+        path.relative_to(staged).as_posix(): path.read_bytes() for path in staged.rglob("*") if path.is_file()
+    }
+    for line in files["SHA256SUMS"].decode().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256(files[name]).hexdigest() == digest
+    card = ModelCard(files["README.md"].decode())
+    assert len(card.data.eval_results) == 10 and json.loads(files["provenance.json"])["metrics"]
+    value, _ = visit("decode_release", "owner/release", token=OWNER_TOKEN)
+    assert value == {"streams": 3, "threshold": 0.25}
+
+
+def test_a_branch(visit, hub, folder, tmp_path):
+    words = ("--include_trunk", "--staging_folder", str(tmp_path), "--revision", "candidate")
+    visit("release", folder, "owner/branched", *words, package=True, token=OWNER_TOKEN)
+    assert "config.json" in hub.files("owner/branched", "candidate")
+    assert hub.files("owner/branched") == {}
+
+
+def test_nothing_is_uploaded_without_the_owner(visit, hub, folder, tmp_path):
+    value, _ = visit(
+        "error_of",
+        "release",
+        folder,
+        "owner/stolen",
+        "--include_trunk",
+        "--staging_folder",
+        str(tmp_path),
+        package=True,
+    )
+    assert "401" in value["text"] and ("model", "owner/stolen") not in hub.repositories
