@@ -15,7 +15,7 @@ _NOTES = {
     "facts": List(
         {"subj_id": _TEXT, "predicate": _TEXT, "object": _TEXT, "start": _INDEX, "end": _INDEX, "certainty": _NUMBER}
     ),
-    "coverage": List({"item_id": _TEXT, "status": _TEXT}),
+    "coverage": List({"item_id": _TEXT, "status": _TEXT, "provenance": _TEXT}),
 }
 
 _SPAN = {

@@ -10,6 +10,7 @@ from typing import Any, Literal
 NOTES_SCHEMA_VERSION = "2.0"
 
 CoverageStatus = Literal["covered", "partial", "missing"]
+CoverageProvenance = Literal["confirmed", "hint"]
 SpanKind = Literal["own", "sibling"]
 
 
@@ -76,10 +77,14 @@ class Fact:
 
 @dataclass(frozen=True)
 class Coverage:
-    """COVERAGE record of notes schema 2.0: how far the section's text has covered a plan item."""
+    """COVERAGE record of notes schema 2.0: how far the section's text has covered a plan item.
+
+    A status is ``"confirmed"`` by evidence (a span) or by a teacher's judgement; a ``"hint"`` is not supervised.
+    """
 
     item_id: str
     status: CoverageStatus
+    provenance: CoverageProvenance = "confirmed"
 
 
 @dataclass(frozen=True)
