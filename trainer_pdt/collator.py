@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import PDTConfig
 
+from .features import UNKNOWN
 from .losses import IGNORE_INDEX
 
 NO_SOURCE = -1
@@ -214,7 +215,7 @@ class PDTDataCollator:
                     judgeable[row, token // size] = True
                     contradicts[row, token // size] |= view["contradicts"][stream][number]
             for item, (owner, token) in enumerate(zip(document["item_streams"], view["item_token"], strict=True)):
-                if owner == stream:
+                if owner == stream and token != UNKNOWN:
                     covered[row, :, item] = exists[row]
                     targets[row, token // size if token >= 0 else rounds :, item] = True
         batch = {

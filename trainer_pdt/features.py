@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from modeling_pdt.plan import plan_bucket
 
 from .arguments import DataArguments
+from .data.notes import source_of
 from .data.publish import document_from_row
-from .data.schema import Document, Fact, Span, Stream
+from .data.schema import Document, Fact, Stream
 from .data.worlds import WorldOptions, generate_document
 from .render import render_header, render_outline, render_request
 from .variants import collect_items, contrary_fact, contrary_items, is_disputable, render_fact
@@ -33,6 +34,9 @@ MAX_KNOWN_TEXTS = 50_000
 NEVER = -1
 """Token index of something that no text states."""
 
+UNKNOWN = -2
+"""Token index of a plan item of which the data does not say whether, or where, its section states it."""
+
 NO_LABEL = -1
 """Readiness of a repeated fact that the data does not judge."""
 
@@ -44,29 +48,6 @@ def collect_values(documents: Iterable[Document]) -> dict[str, tuple[str, ...]]:
         for span in (span for stream in document.streams for span in stream.spans):
             values.setdefault(span.cue, set()).add(span.value)
     return {cue: tuple(sorted(found)) for cue, found in sorted(values.items())}
-
-
-def source_of(document: Document, stream: int, span: Span) -> tuple[int, int] | None:
-    """
-    Where a repeated value was first stated.
-
-    Args:
-        document ([`Document`]): The document as written.
-        stream (`int`), span ([`Span`]): A span of kind ``"sibling"`` and the stream that holds it.
-
-    Returns:
-        `tuple[int, int]`: Stream and number of the span; `None` if no sibling states it. A fact that the stream owns
-        but had to read is traced by its value.
-    """
-    for other in document.streams:
-        for number, candidate in enumerate(other.spans):
-            if span.owner != stream:
-                found = other.stream_id == span.owner and candidate.item_id == span.item_id
-            else:
-                found = other.stream_id != stream and candidate.kind == "own" and candidate.value == span.value
-            if found:
-                return other.stream_id, number
-    return None
 
 
 def plant_contradictions(
@@ -202,7 +183,7 @@ class FeatureMaker:
             `contradicts`, `disputable` (its source's contradicting note has another value) and `ready` (of the data,
             -1 = no label), per fact of the true, contradicting and noisy notes `fact_ids`, `contrary_ids`,
             `fact_token`, `noisy_ids`, `paraphrase_ids` (the noisy ones in other words), `noisy_token`; and by plan
-            item `item_token` (last token of the owner's statement, -1 = never).
+            item `item_token` (last token of the owner's statement, -1 = never, -2 = the data does not say).
         """
         encodings = self.tokenizer(
             [stream.text for stream in document.streams], add_special_tokens=False, return_offsets_mapping=True
@@ -297,7 +278,7 @@ def _sources(
     sources: dict[str, list] = {name: [] for name in names}
     for stream in document.streams:
         found = [
-            (number, source_of(original, stream.stream_id, original.streams[stream.stream_id].spans[number]))
+            (number, source_of(original.streams, stream.stream_id, original.streams[stream.stream_id].spans[number]))
             for number, span in enumerate(stream.spans)
             if span.kind == "sibling"
         ]
@@ -323,6 +304,9 @@ def _item_tokens(document: Document, ranges: list[list[tuple[int, int]]]) -> lis
         for span, (_, end) in zip(stream.spans, ranges[stream.stream_id], strict=True):
             if span.owner == stream.stream_id:
                 stated.setdefault(span.item_id, end - 1)
+        for entry in stream.notes.coverage:
+            if entry.provenance == "hint" or entry.status != "missing":
+                stated.setdefault(entry.item_id, UNKNOWN)
     return [stated.get(item.item_id, NEVER) for item in document.items]
 
 

@@ -6,9 +6,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_training import make_features, make_maker, tokenizer, value_pool
+from trainer_pdt.data.notes import source_of
 from trainer_pdt.data.publish import documents_to_dataset
 from trainer_pdt.data.worlds import WorldOptions, generate_document, generate_documents
-from trainer_pdt.features import plant_contradictions, source_of
+from trainer_pdt.features import plant_contradictions
 from trainer_pdt.render import render_prompt
 from trainer_pdt.variants import FACT_FORMAT
 
@@ -49,7 +50,7 @@ def test_sources_hold_the_same_value():
         for stream in document.streams:
             for span in stream.spans:
                 if span.kind == "sibling":
-                    place = source_of(document, stream.stream_id, span)
+                    place = source_of(document.streams, stream.stream_id, span)
                     assert place is not None
                     assert place[0] != stream.stream_id
                     assert document.streams[place[0]].spans[place[1]].value == span.value

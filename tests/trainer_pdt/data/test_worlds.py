@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from trainer_pdt.data.notes import readiness, word_round
 from trainer_pdt.data.worlds import (
     SPLITS,
     WorldOptions,
@@ -24,7 +25,7 @@ from trainer_pdt.data.worlds_lexicon import (
     values_of,
     wordings_of,
 )
-from trainer_pdt.data.worlds_notes import CORRUPTIONS, corrupt, readiness, word_round
+from trainer_pdt.data.worlds_notes import CORRUPTIONS, corrupt
 from trainer_pdt.data.worlds_parser import parse_section
 
 KINDS = [
