@@ -9,10 +9,8 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset, load_from_disk
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +18,7 @@ from modeling_pdt.plan import plan_bucket
 
 from .arguments import DataArguments
 from .data.notes import source_of
-from .data.publish import document_from_row
+from .data.publish import document_from_row, load_published
 from .data.schema import Document, Fact, Stream
 from .data.worlds import WorldOptions, generate_document
 from .render import render_header, render_outline, render_request
@@ -330,7 +328,7 @@ def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[
         maker.values, maker.items = collect_values(pool), collect_items(pool)
         train = WorldFeatures("train", data.train_documents, maker, options, data.hard_fraction)
         return train, WorldFeatures("validation", data.eval_documents, maker, options, data.hard_fraction)
-    splits = load_from_disk(data.dataset_path) if Path(data.dataset_path).is_dir() else load_dataset(data.dataset_path)
+    splits = load_published(data.dataset_path)
     counts = {"train": data.train_documents, "validation": data.eval_documents}
     missing = sorted(counts.keys() - splits.keys())
     if missing:

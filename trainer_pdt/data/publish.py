@@ -1,9 +1,10 @@
 """Documents as a typed `datasets.Dataset` and back: one row per document, streams nested inside."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 
 from .schema import Coverage, Document, Entity, Fact, Notes, NotesSnapshot, PlanItem, Span, Stream
 
@@ -58,6 +59,13 @@ DOCUMENT_FEATURES = Features(
 def documents_to_dataset(documents: Iterable[Document]) -> Dataset:
     """A dataset with one row per document and the columns of `DOCUMENT_FEATURES`."""
     return Dataset.from_list([document.to_dict() for document in documents], features=DOCUMENT_FEATURES)
+
+
+def load_published(path: str) -> DatasetDict:
+    """A published dataset: a folder of `save_to_disk`, a folder of parquet files with a card, or a Hub id."""
+    if (Path(path) / "dataset_dict.json").is_file():
+        return load_from_disk(path)
+    return load_dataset(path)
 
 
 def document_from_row(row: Mapping[str, Any]) -> Document:

@@ -29,6 +29,7 @@ class SourceDocument:
         split (`str`, *optional*): Split that the source prescribes; otherwise it is drawn.
         provenance (`str`): Where it came from: file and row, dataset and row; for procedural documents the call that
             makes it, as JSON.
+        tags (`tuple[str]`): `split_tags` of the published document.
     """
 
     document_id: str
@@ -38,6 +39,7 @@ class SourceDocument:
     prompt: str | None = None
     split: str | None = None
     provenance: str = ""
+    tags: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

@@ -13,8 +13,10 @@ WORLDS_VERSION = 1
 """Raised when the worlds write other documents for the same call."""
 
 
-def world_sources(count: int, world_split: str = "train", start: int = 0, **options: Any) -> Iterator[SourceDocument]:
-    """Procedural documents as sources; `options` are those of `WorldOptions`."""
+def world_sources(
+    count: int, world_split: str = "train", start: int = 0, split: str | None = None, **options: Any
+) -> Iterator[SourceDocument]:
+    """Procedural documents as sources that go to `split`; `options` are those of `WorldOptions`."""
     kind = WorldOptions(**options)
     for index in range(start, start + count):
         document = generate_document(world_split, index, kind, with_notes=False)  # type: ignore[arg-type]
@@ -24,7 +26,9 @@ def world_sources(count: int, world_split: str = "train", start: int = 0, **opti
             title="",
             sections=tuple((stream.header, stream.text) for stream in document.streams),
             prompt=document.prompt,
+            split=split,
             provenance=json.dumps({"world_split": world_split, "index": index, **asdict(kind)}),
+            tags=document.split_tags,
         )
 
 

@@ -1,0 +1,215 @@
+"""Fifth stage: the published dataset as a folder that `load_dataset` and the Hub take."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset, DatasetDict, DatasetInfo
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+
+from .augmentation import other_orders
+from .options import ExportOptions
+from .publish import DOCUMENT_FEATURES, document_from_row
+from .quality import QualityMeasures
+from .quality_report import audit_markdown, report_markdown
+from .runner import Mapper, shard_input
+from .schema import Document
+from .splits import SPLITS
+from .storage import (
+    MANIFEST_FILE,
+    TEMPORARY,
+    clear_parts,
+    file_digest,
+    fingerprint,
+    read_json,
+    read_shard,
+    write_json,
+    write_parquet,
+    write_text,
+)
+
+DATASET_FOLDER, ARROW_FOLDER, DATA_FOLDER = "dataset", "dataset_arrow", "data"
+REPORT_FILE, REPORT_PAGE, AUDIT_FILE, CARD_FILE = "quality_report.json", "quality_report.md", "audit.md", "README.md"
+STAGES = ("preflight", "plans", "notes", "splits")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one shard adds to the export: rows and measures per split, documents to read."""
+
+    rows: dict[str, int]
+    measures: dict[str, QualityMeasures]
+    audit: list[Document]
+
+
+@dataclass(frozen=True)
+class Export:
+    """
+    Writes the dataset. It is there whole or not at all.
+
+    Args:
+        root (`Path`): Folder of the build.
+        options ([`ExportOptions`]): Name, licence, augmentation.
+        card_template (`Path`): Jinja template of the card.
+    """
+
+    version: ClassVar[int] = 1
+
+    root: Path
+    options: ExportOptions
+    card_template: Path
+
+    @property
+    def folder(self) -> Path:
+        """The dataset."""
+        return self.root / DATASET_FOLDER
+
+    def run(self, num_shards: int, mapper: Mapper) -> Path:
+        """Makes the dataset if it is missing or made of something else."""
+        clear_parts(self.root)
+        made_from = self._input(num_shards)
+        if not _is_whole(self.folder, made_from):
+            part = self.root / f"{TEMPORARY}{DATASET_FOLDER}"
+            (part / DATA_FOLDER).mkdir(parents=True)
+            self._write(part, num_shards, mapper, made_from)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            part.rename(self.folder)
+        self._arrow(made_from)
+        return self.folder
+
+    def _input(self, num_shards: int) -> str:
+        hidden = ("push_to_hub", "hub_private", "save_arrow")
+        options = {name: value for name, value in asdict(self.options).items() if name not in hidden}
+        setting = {"version": self.version, "options": options, "card": file_digest(self.card_template)}
+        return fingerprint([shard_input(setting, self.root, ("notes", "splits"), n) for n in range(num_shards)])
+
+    def _write(self, part: Path, num_shards: int, mapper: Mapper, made_from: str) -> None:
+        parts = mapper(partial(self._write_shard, part / DATA_FOLDER), range(num_shards))
+        rows = {split: _number_files(part / DATA_FOLDER, split, parts) for split in SPLITS}
+        check_splits(rows)
+        stages = {name: read_json(self.root / name / MANIFEST_FILE) for name in STAGES}
+        measures = {split: QualityMeasures() for split in SPLITS if rows[split]}
+        for shard in parts:
+            for split, found in shard.measures.items():
+                measures[split].update(found)
+        steps = {name: {key: stages[name][key] for key in ("rows", "rejects", "counts")} for name in STAGES}
+        report = {"stages": steps, "splits": {split: found.report() for split, found in measures.items()}}
+        write_json(part / REPORT_FILE, report)
+        write_text(part / REPORT_PAGE, report_markdown(report))
+        write_text(part / AUDIT_FILE, audit_markdown(document for shard in parts for document in shard.audit))
+        write_text(part / CARD_FILE, self._card(rows, report))
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        write_json(
+            part / MANIFEST_FILE,
+            {
+                "input": made_from,
+                "rows": {split: count for split, count in rows.items() if count},
+                "stages": {name: {"setting": m["setting"], "sha256": m["sha256"]} for name, m in stages.items()},
+                "files": {path.relative_to(part).as_posix(): file_digest(path) for path in files},
+                "sizes": {path.relative_to(part).as_posix(): path.stat().st_size for path in files},
+            },
+        )
+
+    def _write_shard(self, folder: Path, number: int) -> _Part:
+        """One file per split; numbered for good once all are there."""
+        splits = {row["document_id"]: row for row in read_shard(self.root / "splits", number)}
+        rows: dict[str, list[dict[str, Any]]] = {}
+        measures: dict[str, QualityMeasures] = {}
+        audit = []
+        for row in read_shard(self.root / "notes", number):
+            if (found := splits.get(row["document_id"])) is None:
+                continue
+            document = document_from_row(row)
+            measures.setdefault(found["split"], QualityMeasures()).add(document)
+            rows.setdefault(found["split"], []).append(document.to_dict())
+            if found["split"] == "train" and self.options.section_orders:
+                copies = other_orders(document, self.options.section_orders, self.options.section_order_seed)
+                rows["train"] += [copy.to_dict() for copy in copies]
+            if found["audit"]:
+                audit.append(document)
+        for split, found in rows.items():
+            write_parquet(_shard_file(folder, split, number), found, DOCUMENT_FEATURES)
+        return _Part({split: len(found) for split, found in rows.items()}, measures, audit)
+
+    def _card(self, rows: Mapping[str, int], report: Mapping[str, Any]) -> str:
+        card = DatasetCard.from_template(
+            DatasetCardData(),
+            template_path=str(self.card_template),
+            dataset_name=self.options.dataset_name,
+            dataset_license=self.options.dataset_license,
+            languages=self.options.dataset_language,
+            repo_id=self.options.hub_dataset_id,
+            splits=[{"name": split, "rows": count} for split, count in rows.items() if count],
+            domains=sorted({domain for found in report["splits"].values() for domain in found["domains"]}),
+            shares=report["splits"]["train"]["shares"],
+            rejects={name: stage["rejects"] for name, stage in report["stages"].items() if stage["rejects"]},
+        )
+        return str(card)
+
+    def _arrow(self, made_from: str) -> None:
+        """The same dataset for `load_from_disk`, without traces of paths or times."""
+        target = self.root / ARROW_FOLDER
+        marker = target / "built_from.json"
+        if not self.options.save_arrow or (marker.is_file() and read_json(marker) == made_from):
+            return
+        part = self.root / f"{TEMPORARY}{ARROW_FOLDER}"
+        cache = self.root / f"{TEMPORARY}cache"
+        splits = {}
+        for split in read_json(self.folder / MANIFEST_FILE)["rows"]:
+            files = sorted(str(path) for path in (self.folder / DATA_FOLDER).glob(f"{split}-*.parquet"))
+            table = Dataset.from_parquet(files, cache_dir=str(cache)).data
+            info = DatasetInfo(features=DOCUMENT_FEATURES)
+            splits[split] = Dataset(table, info=info, fingerprint=fingerprint([made_from, split])[:16])
+        DatasetDict(splits).save_to_disk(str(part))
+        write_json(part / "built_from.json", made_from)
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+        shutil.rmtree(cache)
+
+    def push(self) -> str:
+        """Uploads the folder; returns the address of the commit."""
+        api = HfApi()
+        name = str(self.options.hub_dataset_id)
+        api.create_repo(name, repo_type="dataset", private=self.options.hub_private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=str(self.folder),
+            repo_type="dataset",
+            commit_message=f"Dataset built from {read_json(self.folder / MANIFEST_FILE)['input'][:12]}",
+            delete_patterns=[f"{DATA_FOLDER}/*"],
+        )
+        return str(commit)
+
+
+def check_splits(rows: Mapping[str, int]) -> None:
+    """Training needs documents to train and to validate on."""
+    for split in ("train", "validation"):
+        if not rows[split]:
+            raise ValueError(
+                f"split {split!r} has no documents (train {rows['train']}, validation {rows['validation']}, test "
+                f"{rows['test']}); use more documents, another `split_seed`, or another `validation_fraction`."
+            )
+
+
+def _shard_file(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-shard{number:05d}.parquet"
+
+
+def _number_files(folder: Path, split: str, parts: list[_Part]) -> int:
+    """Gives the files of a split their final names; returns the split's rows."""
+    shards = [number for number, part in enumerate(parts) if split in part.rows]
+    for place, number in enumerate(shards):
+        final = folder / f"{split}-{place:05d}-of-{len(shards):05d}.parquet"
+        _shard_file(folder, split, number).rename(final)
+    return sum(parts[number].rows[split] for number in shards)
+
+
+def _is_whole(folder: Path, made_from: str) -> bool:
+    if not (folder / MANIFEST_FILE).is_file():
+        return False
+    manifest = read_json(folder / MANIFEST_FILE)
+    sizes = {name: (folder / name).stat().st_size for name in manifest["sizes"] if (folder / name).is_file()}
+    return manifest["input"] == made_from and manifest["sizes"] == sizes

@@ -1,0 +1,330 @@
+"""Where documents come from: procedural worlds, JSON lines, text files, parquet files, datasets of the Hub.
+
+A source yields documents, or rejects where a row never becomes one; both in the same order on every run. Rows are read
+one by one, so memory does not grow with their number.
+"""
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from datasets import load_dataset
+
+from .storage import Reject, file_digest, read_parquet
+from .teachers import SourceDocument
+from .worlds_teacher import WORLDS_VERSION, world_sources
+
+SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,119}")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._:-]+")
+_READ_BYTES = 1 << 20
+
+Row = SourceDocument | Reject
+
+
+class Source(Protocol):
+    """Documents in a fixed order."""
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Everything that changes the rows, JSON-able."""
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
+        """Documents and rejects; no more than about `max_bytes` per row in memory, temporary files in `cache`."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """
+    Which column of a row holds what; dots reach into nested columns (`article.title`).
+
+    Args:
+        id (`str`, *optional*), title (`str`, *optional*), prompt (`str`, *optional*), domain (`str`, *optional*):
+            Columns of text.
+        text (`str`, *optional*): Column of the whole text, for documents without sections.
+        sections (`str`, *optional*): Column with a list of mappings, or such a list as JSON.
+        header (`str`, *optional*, defaults to `"header"`), section_text (`str`, *optional*, defaults to `"text"`),
+            parts (`str`, *optional*, defaults to `"parts"`): Keys of a section; parts are mappings alike, whose texts
+            belong to the section.
+    """
+
+    id: str | None = None
+    title: str | None = None
+    prompt: str | None = None
+    domain: str | None = None
+    text: str | None = None
+    sections: str | None = None
+    header: str = "header"
+    section_text: str = "text"
+    parts: str = "parts"
+
+    def document(self, row: Mapping[str, Any], name: str, number: int, domain: str, split: str | None) -> Row:
+        """The document of row `number` of the source `name`."""
+        place = f"{name}-{number:08d}"
+        try:
+            texts = {key: self._text(row, getattr(self, key)) for key in ("id", "title", "prompt", "domain", "text")}
+            sections = self._sections(row) if self.sections else ((("", texts["text"]),) if texts["text"] else ())
+            document = SourceDocument(
+                document_id=safe_id(texts["id"], place),
+                domain=texts["domain"] or domain,
+                title=texts["title"] or "",
+                sections=sections,
+                prompt=texts["prompt"],
+                split=split,
+                provenance=f"{name}, row {number}" + (f", id {texts['id'][:200]}" if texts["id"] else ""),
+            )
+            json.dumps(asdict(document), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return Reject(place, "invalid_utf8", f"{error.reason} at character {error.start}")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            return Reject(place, "missing_field", f"{type(error).__name__}: {str(error)[:200]}")
+        return document
+
+    @staticmethod
+    def _text(row: Mapping[str, Any], path: str | None) -> str | None:
+        value: Any = row
+        for key in path.split(".") if path else ():
+            value = value[key]
+        if path is None or value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise TypeError(f"column {path!r} holds {type(value).__name__}, must be text or a whole number")
+        return str(value)
+
+    def _sections(self, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        value = row[self.sections]
+        value = json.loads(value) if isinstance(value, str) else value
+        return tuple((str(part.get(self.header) or ""), "\n\n".join(self._texts(part))) for part in value)
+
+    def _texts(self, part: Mapping[str, Any]) -> Iterator[str]:
+        if part.get(self.section_text):
+            yield str(part[self.section_text])
+        for inner in part.get(self.parts) or ():
+            yield from self._texts(inner)
+
+
+def safe_id(raw: str | None, place: str) -> str:
+    """An id of letters, digits and ``._:-``: the raw one where it is safe, else what is left of it and a hash."""
+    if raw is None:
+        return place
+    if SAFE_ID.fullmatch(raw):
+        return raw
+    digest = hashlib.sha256(raw.encode()).hexdigest()[:12]
+    return f"{_UNSAFE.sub('-', raw[:80]).strip('-._:') or 'id'}-{digest}"
+
+
+@dataclass(frozen=True)
+class WorldsSource:
+    """
+    Procedural documents.
+
+    Args:
+        count (`int`): Number of documents.
+        world_split (`str`, *optional*, defaults to `"train"`), start (`int`, *optional*): Which documents.
+        options (`dict`): Of `WorldOptions`: `num_streams`, `hard`, `heldout_values`, `heldout_wordings`, `seed`.
+        split (`str`, *optional*): Split that the documents go to; drawn when missing.
+    """
+
+    count: int
+    world_split: str = "train"
+    start: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    split: str | None = None
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The call."""
+        return {**asdict(self), "version": WORLDS_VERSION}
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
+        """The documents."""
+        return world_sources(self.count, self.world_split, self.start, split=self.split, **self.options)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What sources of files have in common.
+
+    Args:
+        files (`list[str]`): Paths or patterns (`docs/**/*.txt`), read in sorted order.
+        name (`str`): Opens generated ids.
+        columns (`dict`): Fields of [`Columns`].
+        domain (`str`, *optional*): Domain of documents without one of their own; `name` when missing.
+        split (`str`, *optional*): Split that the documents go to; drawn when missing.
+    """
+
+    files: list[str]
+    name: str
+    columns: dict[str, str] = field(default_factory=dict)
+    domain: str | None = None
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        _columns(self.columns)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The fields, and name and SHA-256 of every file."""
+        return {**asdict(self), "contents": [[path.as_posix(), file_digest(path)] for path in self.paths()]}
+
+    def paths(self) -> list[Path]:
+        """All files, sorted."""
+        found = {Path(path) for pattern in self.files for path in glob.glob(pattern, recursive=True)}
+        paths = sorted(path for path in found if path.is_file())
+        if not paths:
+            raise ValueError(f"`files` of source {self.name!r} is {self.files!r}, must match at least one file.")
+        return paths
+
+    def document(self, row: Mapping[str, Any], number: int) -> Row:
+        """The document of a row."""
+        return _columns(self.columns).document(row, self.name, number, self.domain or self.name, self.split)
+
+
+@dataclass(frozen=True)
+class JsonLinesSource(_Files):
+    """JSON lines, one document each."""
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
+        """One per line that is not blank."""
+        number = 0
+        for path in self.paths():
+            with open(path, "rb") as stream:
+                for line in _lines(stream, max_bytes):
+                    if line is None or line.strip():
+                        yield self._row(line, number, max_bytes)
+                        number += 1
+
+    def _row(self, line: bytes | None, number: int, max_bytes: int) -> Row:
+        place = f"{self.name}-{number:08d}"
+        if line is None:
+            return Reject(place, "too_large", f"a line of more than {max_bytes} bytes")
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            return Reject(place, "invalid_utf8", f"{error.reason} at byte {error.start}")
+        except (ValueError, RecursionError) as error:
+            return Reject(place, "invalid_json", str(error)[:200])
+        if not isinstance(row, dict):
+            return Reject(place, "invalid_json", f"a line holds {type(row).__name__}, must be an object")
+        return self.document(row, number)
+
+
+@dataclass(frozen=True)
+class TextSource(_Files):
+    """Text files, one document each; the id is made of the path."""
+
+    def __post_init__(self) -> None:
+        if self.columns:
+            raise ValueError(f"`columns` of source {self.name!r} is {self.columns!r}, text files have none.")
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
+        """One per file."""
+        columns = Columns(id="path", title="title", text="text")
+        for number, path in enumerate(self.paths()):
+            place = f"{self.name}-{number:08d}"
+            with open(path, "rb") as stream:
+                content = stream.read(max_bytes + 1)
+            if len(content) > max_bytes:
+                yield Reject(place, "too_large", f"a file of more than {max_bytes} bytes")
+                continue
+            try:
+                text = content.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                yield Reject(place, "invalid_utf8", f"{error.reason} at byte {error.start}")
+                continue
+            row = {"path": path.as_posix(), "title": path.stem, "text": text}
+            yield columns.document(row, self.name, number, self.domain or self.name, self.split)
+
+
+@dataclass(frozen=True)
+class ParquetSource(_Files):
+    """Parquet files, one document per row."""
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
+        """One per row."""
+        rows = (row for path in self.paths() for row in read_parquet(path, cache))
+        for number, row in enumerate(rows):
+            yield self.document(row, number)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """
+    A dataset of the Hub, or any folder or script that `load_dataset` takes, streamed.
+
+    Args:
+        dataset (`str`): Its name.
+        name (`str`): Opens generated ids.
+        columns (`dict`): Fields of [`Columns`].
+        config (`str`, *optional*), hub_split (`str`, *optional*, defaults to `"train"`), revision (`str`, *optional*):
+            Which part, and which state; without a revision a rerun takes the dataset for unchanged.
+        limit (`int`, *optional*): Only so many rows.
+        domain (`str`, *optional*), split (`str`, *optional*): See [`JsonLinesSource`].
+    """
+
+    dataset: str
+    name: str
+    columns: dict[str, str]
+    config: str | None = None
+    hub_split: str = "train"
+    revision: str | None = None
+    limit: int | None = None
+    domain: str | None = None
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        _columns(self.columns)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
+        """One per row."""
+        rows = load_dataset(self.dataset, self.config, split=self.hub_split, revision=self.revision, streaming=True)
+        for number, row in enumerate(rows if self.limit is None else rows.take(self.limit)):
+            yield _columns(self.columns).document(row, self.name, number, self.domain or self.name, self.split)
+
+
+SOURCES: dict[str, type] = {
+    "worlds": WorldsSource,
+    "jsonl": JsonLinesSource,
+    "text": TextSource,
+    "parquet": ParquetSource,
+    "hub": HubSource,
+}
+
+
+def make_source(options: Mapping[str, Any]) -> Source:
+    """The source that a mapping of `kind` and fields describes."""
+    fields = dict(options)
+    kind = fields.pop("kind", None)
+    if kind not in SOURCES:
+        raise ValueError(f"`kind` of a source is {kind!r}, must be one of {', '.join(SOURCES)}.")
+    try:
+        return SOURCES[kind](**fields)
+    except TypeError as error:
+        raise ValueError(f"source of kind {kind!r}: {str(error).replace('__init__() ', '')}") from error
+
+
+def _columns(columns: Mapping[str, str]) -> Columns:
+    unknown = sorted(columns.keys() - Columns.__dataclass_fields__.keys())
+    if unknown:
+        allowed = ", ".join(Columns.__dataclass_fields__)
+        raise ValueError(f"`columns` has the unknown keys {unknown}, must be some of {allowed}.")
+    chosen = Columns(**columns)
+    if chosen.text is None and chosen.sections is None:
+        raise ValueError("`columns` names neither `text` nor `sections`, must name one of them.")
+    return chosen
+
+
+def _lines(stream: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
+    """Lines of a file; `None` in the place of one that is longer than `max_bytes`, which is never in memory."""
+    while line := stream.readline(max_bytes + 1):
+        if len(line) <= max_bytes or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := stream.readline(_READ_BYTES)) and not rest.endswith(b"\n"):
+            pass
+        yield None
