@@ -124,7 +124,7 @@ class Export:
                 continue
             document = document_from_row(row)
             measures.setdefault(found["split"], QualityMeasures()).add(document)
-            rows.setdefault(found["split"], []).append(document.to_dict())
+            rows.setdefault(found["split"], []).append(row)
             if found["split"] == "train" and self.options.section_orders:
                 copies = other_orders(document, self.options.section_orders, self.options.section_order_seed)
                 rows["train"] += [copy.to_dict() for copy in copies]

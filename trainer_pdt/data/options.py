@@ -4,13 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DROPPED_HEADERS = (
-    "references",
-    "external links",
-    "see also",
-    "further reading",
-    "bibliography",
-    "sources",
-    "footnotes",
+    *("references", "external links", "see also", "further reading", "bibliography", "sources", "footnotes"),
 )
 
 

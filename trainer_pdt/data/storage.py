@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, load_dataset
+from datasets import Dataset, DatasetInfo, Features, load_dataset
+from datasets.table import InMemoryTable
 
 ROWS_FILE, REJECTS_FILE, RECORD_FILE, MANIFEST_FILE = "rows.parquet", "rejects.jsonl", "shard.json", "manifest.json"
 TEMPORARY = ".part-"
@@ -104,7 +105,9 @@ def read_json(path: Path) -> Any:
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], features: Features) -> None:
     """Writes rows as typed parquet."""
     columns = {name: [row[name] for row in rows] for name in features}
-    Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    table = InMemoryTable.from_pydict(columns, schema=features.arrow_schema)
+    # A fingerprint of its own would be computed by pickling the table.
+    Dataset(table, info=DatasetInfo(features=features), fingerprint=path.stem).to_parquet(str(path))
 
 
 def read_parquet(path: Path, cache: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

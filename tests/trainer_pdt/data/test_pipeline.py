@@ -1,0 +1,220 @@
+"""A build from procedural worlds: exact, whole or not at all, the same bytes however often it is interrupted."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from datasets import load_dataset, load_from_disk
+
+from tests.data_builds import STAGES, all_bytes, file_numbers, make_builder
+from tests.tiny_training import tokenizer
+from trainer_pdt import FeatureMaker
+from trainer_pdt.arguments import DataArguments
+from trainer_pdt.data import storage
+from trainer_pdt.data.publish import DOCUMENT_FEATURES, document_from_row
+from trainer_pdt.data.storage import read_json, read_rejects, read_shard
+from trainer_pdt.data.worlds import WorldOptions, generate_document
+from trainer_pdt.features import load_features
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    make_builder(folder).run()
+    return folder
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "copy")
+
+
+def published(folder, tmp_path):
+    return load_dataset(str(folder / "dataset"), cache_dir=str(tmp_path / "cache"))
+
+
+def test_published_documents_are_the_worlds_own(built, tmp_path):
+    splits = published(built, tmp_path)
+    assert set(splits) == {"train", "validation", "test"}
+    assert all(split.features == DOCUMENT_FEATURES for split in splits.values())
+    rows = [document_from_row(row) for split in splits.values() for row in split]
+    expected = {(d := generate_document("train", index, WorldOptions())).document_id: d for index in range(21)}
+    assert {row.document_id for row in rows} == set(expected) and len(rows) == len(expected)
+    for row in rows:
+        twin = expected[row.document_id]
+        pairs = zip(row.streams, twin.streams, strict=True)
+        streams = tuple(replace(stream, noisy_notes=other.noisy_notes) for stream, other in pairs)
+        assert replace(row, streams=streams) == twin
+
+
+def test_counts_add_up(built):
+    kept = 21
+    for stage in STAGES:
+        manifest = read_json(built / stage / "manifest.json")
+        assert manifest["rows"] + sum(manifest["rejects"].values()) == kept
+        assert manifest["shards"] == 3
+        kept = manifest["rows"]
+    manifest = read_json(built / "dataset" / "manifest.json")
+    assert sum(manifest["rows"].values()) == kept
+    assert manifest["files"] == {name: storage.file_digest(built / "dataset" / name) for name in manifest["files"]}
+    report = read_json(built / "dataset" / "quality_report.json")
+    assert sum(split["counts"]["documents"] for split in report["splits"].values()) == kept
+    assert sum(sum(split["domains"].values()) for split in report["splits"].values()) == kept
+
+
+def test_training_takes_the_dataset(built):
+    maker = FeatureMaker(tokenizer(), 8, 32, "parallel-decoder-v1")
+    train, validation = load_features(DataArguments(str(built / "dataset"), 5, 2), maker, seed=0)
+    assert (len(train), len(validation)) == (5, 2)
+    row = next(read_shard(built / "notes", 0))
+    direct = maker(document_from_row(row))
+    features = {row["document_id"]: row for row in (*train, *validation)}
+    assert features.get(row["document_id"], direct)["clean"]["section_ids"] == direct["clean"]["section_ids"]
+    assert any(source >= 0 for row in train for sources in row["clean"]["source_token"] for source in sources)
+
+
+def test_a_rerun_makes_nothing(copy):
+    before, files = file_numbers(copy), all_bytes(copy)
+    make_builder(copy).run()
+    assert file_numbers(copy) == before
+    assert all_bytes(copy) == files
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        ({"noisy_drop": 0.5}, {"notes", "splits", "dataset"}),
+        ({"split_seed": 5}, {"splits", "dataset"}),
+        ({"dataset_name": "Another"}, {"dataset"}),
+        ({"plan_lint": "warn"}, {"plans"}),
+        ({"hub_private": False}, set()),
+    ],
+)
+def test_a_changed_option_redoes_what_depends_on_it(copy, change, redone):
+    before = file_numbers(copy)
+    make_builder(copy, **change).run()
+    after = file_numbers(copy)
+    assert {name.split("/")[0] for name in after if after[name] != before[name]} == redone
+    assert after.keys() == before.keys()
+
+
+def test_a_damaged_shard_is_made_again(copy, built):
+    (copy / "notes" / "shard-00001" / "rows.parquet").write_bytes(b"PAR1")
+    shutil.rmtree(copy / "plans" / "shard-00002")
+    make_builder(copy).run()
+    assert all_bytes(copy) == all_bytes(built)
+
+
+def test_fewer_documents_leave_no_old_shards(copy, tmp_path):
+    sources = [{"kind": "worlds", "count": 14}]
+    make_builder(copy, sources=sources).run()
+    make_builder(tmp_path / "new", sources=sources).run()
+    assert all_bytes(copy) == all_bytes(tmp_path / "new")
+
+
+def run_and_die(folder, writes):
+    """Builds, and is killed at the moment when a number of files were to be renamed."""
+    rename, left = os.rename, [writes]
+
+    def counted(*paths):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    os.rename = counted
+    make_builder(folder).run()
+
+
+def build_in_child(target, *arguments):
+    child = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def test_killed_twice_it_gives_the_same_bytes(built, tmp_path):
+    folder = tmp_path / "killed"
+    for writes in (4, 3):
+        assert build_in_child(run_and_die, folder, writes) == -signal.SIGKILL
+    assert len(list(folder.glob("*/shard-*"))) == 7
+    make_builder(folder).run()
+    assert all_bytes(folder) == all_bytes(built)
+
+
+@pytest.mark.soak
+def test_killed_at_any_time_it_gives_the_same_bytes(built, tmp_path):
+    rng, kills = random.Random(0), 0
+    while kills < 20:
+        folder = tmp_path / f"killed{kills}"
+        child = multiprocessing.get_context("fork").Process(target=lambda: make_builder(folder).run())  # noqa: B023
+        child.start()
+        time.sleep(rng.uniform(0.1, 4))
+        child.kill()
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
+        make_builder(folder).run()
+        assert all_bytes(folder) == all_bytes(built)
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_changes_no_byte(built, tmp_path):
+    make_builder(tmp_path / "two", workers=2).run()
+    assert all_bytes(tmp_path / "two") == all_bytes(built)
+
+
+def test_arrow_holds_the_same_rows_and_no_paths(copy, built, tmp_path):
+    make_builder(copy, save_arrow=True).run()
+    rows = published(copy, tmp_path)
+    arrow = load_from_disk(str(copy / "dataset_arrow"))
+    assert {name: list(split) for name, split in arrow.items()} == {name: list(split) for name, split in rows.items()}
+    described = [path.read_text() for path in (copy / "dataset_arrow").rglob("*.json")]
+    assert not [text for text in described if str(tmp_path) in text]
+
+
+def test_orders_are_copies_of_training_documents(copy, tmp_path):
+    make_builder(copy, section_orders=2).run()
+    splits = {name: [document_from_row(row) for row in split] for name, split in published(copy, tmp_path).items()}
+    originals = {d.document_id: d for d in splits["train"] if "-order" not in d.document_id}
+    copies = [d for d in splits["train"] if "-order" in d.document_id]
+    assert len(copies) == 2 * len(originals)
+    assert not [d for name in ("validation", "test") for d in splits[name] if "-order" in d.document_id]
+    for document in copies:
+        original = originals[document.document_id.rsplit("-order", 1)[0]]
+        assert sorted(s.text for s in document.streams) == sorted(s.text for s in original.streams)
+        assert [s.text for s in document.streams] != [s.text for s in original.streams]
+        owners = {item.item_id: item.stream for item in document.items}
+        texts = {(item.text, document.streams[item.stream].header) for item in document.items}
+        assert texts == {(item.text, original.streams[item.stream].header) for item in original.items}
+        for stream in document.streams:
+            assert all(stream.text[s.start : s.end] == s.value for s in stream.spans)
+            assert all(owners[s.item_id] == s.owner for s in stream.spans)
+            assert [e.item_id for e in stream.notes.coverage] == [
+                i for i, o in owners.items() if o == stream.stream_id
+            ]
+
+
+def test_one_build_at_a_time(copy):
+    builder = make_builder(copy)
+    with builder._locked(), pytest.raises(RuntimeError, match="another build is running"):
+        builder.run()
+
+
+def test_dry_run_stops_after_the_first_stage(tmp_path):
+    assert make_builder(tmp_path).estimate() == {"documents": 21}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"preflight"}
+
+
+def test_rejects_are_kept_with_their_reason(copy):
+    make_builder(copy, max_length_ratio=1.5).run()
+    manifest = read_json(copy / "splits" / "manifest.json")
+    rejects = [reject for number in range(3) for reject in read_rejects(copy / "splits", number)]
+    assert manifest["rejects"] == {"unbalanced": len(rejects)} and 0 < len(rejects) < 21
+    assert manifest["rows"] == 21 - len(rejects)
+    assert json.loads((copy / "dataset" / "quality_report.json").read_text())["stages"]["splits"]["rejects"]
