@@ -1,5 +1,7 @@
 """Small builds of the dataset pipeline that its tests share; nothing is downloaded."""
 
+import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from trainer_pdt.data.options import (
     SplitOptions,
 )
 from trainer_pdt.data.pipeline import DatasetBuilder
+from trainer_pdt.data.schema import PlanItem
+from trainer_pdt.data.teachers import Plan, SectionNotes, SourceDocument, StreamPlan
 
 OPTIONS = (BuildOptions, PreflightOptions, PlanOptions, NotesOptions, SplitOptions, ExportOptions)
 WORLDS = {
@@ -48,3 +52,42 @@ def file_numbers(folder: Path) -> dict[str, int]:
         for path in (folder / stage).glob("shard-*/shard.json")
     }
     return {**found, "dataset": (folder / "dataset" / "manifest.json").stat().st_ino}
+
+
+class HalvesTeacher:
+    """Cuts any text in the middle and notes nothing; says how many documents it had in hand at a time."""
+
+    most = 0
+
+    def __init__(self, concurrency: int = 1, fail_on: str = "") -> None:
+        self.concurrency, self.fail_on = concurrency, fail_on
+        self.lock, self.inside = threading.Lock(), 0
+
+    def fingerprint(self, stage: str) -> dict[str, Any]:
+        """Nothing changes."""
+        return {"teacher": "halves"}
+
+    def estimate(self, source: SourceDocument) -> dict[str, float]:
+        """A request per document."""
+        return {"requests": 1}
+
+    def plan(self, source: SourceDocument) -> Plan:
+        """Two halves."""
+        with self.lock:
+            self.inside += 1
+            HalvesTeacher.most = max(HalvesTeacher.most, self.inside)
+        if self.concurrency > 1:
+            time.sleep(0.01)
+        with self.lock:
+            self.inside -= 1
+        if source.document_id == self.fail_on:
+            raise RuntimeError("out of budget")
+        text = source.text
+        middle = text.index(" ", len(text) // 2)
+        items = (PlanItem("s0/first", "how it begins", 0), PlanItem("s1/second", "how it ends", 1))
+        streams = (StreamPlan("Beginning", "", 0, middle), StreamPlan("End", "", middle, len(text)))
+        return Plan(source.prompt or f"Tell about {source.title or 'it'}.", items, streams)
+
+    def notes(self, source: SourceDocument, plan: Plan) -> tuple[SectionNotes, ...]:
+        """Nothing."""
+        return (SectionNotes(),) * 2

@@ -10,12 +10,16 @@ from .teachers import SectionNotes
 ROUND_WORDS = 9
 """Words per round where text is cut without a tokenizer; about 12 tokens of the tiny trunk's tokenizer."""
 
+MAX_SNAPSHOTS = 32
+"""Snapshots of a section beside the plan contract; each holds all notes so far."""
+
 
 def annotate_streams(
     streams: Sequence[Stream],
     items: Sequence[PlanItem],
     sections: Sequence[SectionNotes],
     round_words: int = ROUND_WORDS,
+    max_snapshots: int = MAX_SNAPSHOTS,
 ) -> tuple[Stream, ...]:
     """
     The streams with spans, notes, snapshots by evidence position and readiness of what a teacher noted.
@@ -25,6 +29,7 @@ def annotate_streams(
         items (`Sequence[PlanItem]`): The plan's items.
         sections (`Sequence[SectionNotes]`): One per stream.
         round_words (`int`, *optional*, defaults to 9): Words per round, for snapshots and readiness.
+        max_snapshots (`int`, *optional*, defaults to 32): Most snapshots of a section.
     """
     told = [replace(stream, spans=section.spans) for stream, section in zip(streams, sections, strict=True)]
     annotated = []
@@ -34,7 +39,7 @@ def annotate_streams(
             replace(
                 stream,
                 notes=notes_until(stream.text, own, section, len(stream.text)),
-                snapshots=snapshots(stream.text, own, section, round_words),
+                snapshots=snapshots(stream.text, own, section, round_words, max_snapshots),
                 ready=readiness(told, stream, round_words),
             )
         )
@@ -87,17 +92,21 @@ def notes_line(facts: Sequence[Fact], planned: Sequence[str]) -> str:
 
 
 def snapshots(
-    text: str, items: Sequence[PlanItem], section: SectionNotes, round_words: int
+    text: str, items: Sequence[PlanItem], section: SectionNotes, round_words: int, max_snapshots: int = MAX_SNAPSHOTS
 ) -> tuple[NotesSnapshot, ...]:
-    """Snapshot 0 is the plan contract; snapshot r are the notes after r rounds of `round_words` words."""
+    """
+    Notes by evidence position: snapshot 0 is the plan contract, snapshot r stands after r rounds of `round_words`
+    words. Of a section with more rounds than `max_snapshots` evenly spread ones are kept, the last one among them.
+    """
     ends = [match.end() for match in re.finditer(r"\S+", text)]
-    cuts = ends[round_words - 1 :: round_words]
-    if ends and (not cuts or cuts[-1] != ends[-1]):
-        cuts.append(ends[-1])
+    rounds = -(-len(ends) // round_words)
+    wanted = range(1, rounds + 1)
+    if rounds > max_snapshots:
+        wanted = sorted({-(-rounds * number // max_snapshots) for number in range(1, max_snapshots + 1)})
     # Text behind the last word belongs to the last round.
-    cuts[-1:] = [len(text)] if cuts else []
+    places = [(number, ends[number * round_words - 1] if number < rounds else len(text)) for number in wanted]
     return tuple(
-        NotesSnapshot(number, end, notes_until(text, items, section, end)) for number, end in enumerate([0, *cuts])
+        NotesSnapshot(number, end, notes_until(text, items, section, end)) for number, end in [(0, 0), *places]
     )
 
 

@@ -104,6 +104,7 @@ class NotesOptions:
     Args:
         round_words (`int`, *optional*, defaults to 9): Words per round, for snapshots and readiness: about 0.75 times
             the tokens of a block.
+        max_snapshots (`int`, *optional*, defaults to 32): Most snapshots of a section, evenly spread over its rounds.
         noisy_variants (`int`, *optional*, defaults to 3): Noisy notes per section.
         noisy_paraphrase (`float`, *optional*, defaults to 0.15): Probability that a fact is told in other words.
         noisy_drop (`float`, *optional*, defaults to 0.05): Probability that a fact is lost.
@@ -113,6 +114,7 @@ class NotesOptions:
     """
 
     round_words: int = _field(9, "Words per round.")
+    max_snapshots: int = _field(32, "Most snapshots of a section.")
     noisy_variants: int = _field(3, "Noisy notes per section.")
     noisy_paraphrase: float = _field(0.15, "Probability that a fact is told in other words.")
     noisy_drop: float = _field(0.05, "Probability that a fact is lost.")
@@ -121,7 +123,7 @@ class NotesOptions:
     noisy_seed: int = _field(0, "Seed of the noise.")
 
     def __post_init__(self) -> None:
-        _check(self, 1, None, "round_words")
+        _check(self, 1, None, "round_words", "max_snapshots")
         _check(self, 0, None, "noisy_variants")
         _check(self, 0, 1, "noisy_paraphrase", "noisy_drop", "noisy_hallucinate")
 

@@ -42,7 +42,7 @@ def build_document(
         split_tags=source.tags,
         prompt=plan.prompt,
         items=plan.items,
-        streams=annotate_streams(streams, plan.items, sections, options.round_words),
+        streams=annotate_streams(streams, plan.items, sections, options.round_words, options.max_snapshots),
     )
 
 

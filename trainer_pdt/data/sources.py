@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 
 from datasets import load_dataset
 
+from .splits import SPLITS
 from .storage import Reject, file_digest, read_parquet
 from .teachers import SourceDocument
 from .worlds_teacher import WORLDS_VERSION, world_sources
@@ -79,7 +80,7 @@ class Columns:
             json.dumps(asdict(document), ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             return Reject(place, "invalid_utf8", f"{error.reason} at character {error.start}")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             return Reject(place, "missing_field", f"{type(error).__name__}: {str(error)[:200]}")
         return document
 
@@ -87,7 +88,7 @@ class Columns:
     def _text(row: Mapping[str, Any], path: str | None) -> str | None:
         value: Any = row
         for key in path.split(".") if path else ():
-            value = value[key]
+            value = None if value is None else value[key]
         if path is None or value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, str | int):
@@ -97,11 +98,12 @@ class Columns:
     def _sections(self, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         value = row[self.sections]
         value = json.loads(value) if isinstance(value, str) else value
-        return tuple((str(part.get(self.header) or ""), "\n\n".join(self._texts(part))) for part in value)
+        return tuple((self._text(part, self.header) or "", "\n\n".join(self._texts(part))) for part in value)
 
     def _texts(self, part: Mapping[str, Any]) -> Iterator[str]:
-        if part.get(self.section_text):
-            yield str(part[self.section_text])
+        text = self._text(part, self.section_text) if self.section_text in part else None
+        if text:
+            yield text
         for inner in part.get(self.parts) or ():
             yield from self._texts(inner)
 
@@ -302,6 +304,8 @@ def make_source(options: Mapping[str, Any]) -> Source:
     kind = fields.pop("kind", None)
     if kind not in SOURCES:
         raise ValueError(f"`kind` of a source is {kind!r}, must be one of {', '.join(SOURCES)}.")
+    if fields.get("split") not in (None, *SPLITS):
+        raise ValueError(f"`split` of a source is {fields['split']!r}, must be one of {', '.join(SPLITS)}.")
     try:
         return SOURCES[kind](**fields)
     except TypeError as error:
