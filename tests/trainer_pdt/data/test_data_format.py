@@ -9,7 +9,7 @@ import pytest
 from datasets import List
 from transformers import AutoTokenizer
 
-from tests.data_builds import OPTIONS, make_builder
+from tests.data_builds import OPTIONS
 from tests.trainer_pdt.data.test_records import NOTES, PLAN, SOURCE, build
 from trainer_pdt import FeatureMaker, PDTDataCollator
 from trainer_pdt.data.options import PlanOptions
@@ -98,13 +98,3 @@ def test_the_example_is_what_the_code_makes():
 def test_the_recipe_names_fields_only():
     options = RecipeParser(*OPTIONS).parse(["--config", str(ROOT / "recipes/tiny/data.yaml")])
     assert options[0].teacher == "procedural" and options[1].shard_size == 125
-
-
-def test_the_card_is_filled(tmp_path):
-    folder = make_builder(tmp_path, max_length_ratio=1.8, dataset_name="Small worlds").run()
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    rows = json.loads((folder / "manifest.json").read_text())["rows"]
-    assert "# Small worlds" in card and "license: other" in card
-    assert all(f"| {name} | {count} |" in card for name, count in rows.items())
-    assert re.search(r"\| splits \| unbalanced \d+ \|", card)
-    assert "None" not in card and "{{" not in card and "undefined" not in card

@@ -1,6 +1,7 @@
 """A build from procedural worlds: exact, whole or not at all, the same bytes however often it is interrupted."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -13,10 +14,13 @@ import pytest
 from datasets import load_dataset, load_from_disk
 
 from tests.data_builds import STAGES, all_bytes, file_numbers, make_builder
+from tests.test_recipes import run_training
 from tests.tiny_training import tokenizer
 from trainer_pdt import FeatureMaker
 from trainer_pdt.arguments import DataArguments
 from trainer_pdt.data import storage
+from trainer_pdt.data.augmentation import other_orders
+from trainer_pdt.data.notes import readiness
 from trainer_pdt.data.publish import DOCUMENT_FEATURES, document_from_row
 from trainer_pdt.data.storage import read_json, read_rejects, read_shard
 from trainer_pdt.data.worlds import WorldOptions, generate_document
@@ -79,6 +83,13 @@ def test_training_takes_the_dataset(built):
     assert any(source >= 0 for row in train for sources in row["clean"]["source_token"] for source in sources)
 
 
+@pytest.mark.slow
+def test_the_training_recipe_runs_on_it(built, tmp_path):
+    done = run_training(tmp_path / "run", "--dataset_path", str(built / "dataset"), "--hard_fraction", "null")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_rerun_makes_nothing(copy):
     before, files = file_numbers(copy), all_bytes(copy)
     make_builder(copy).run()
@@ -111,6 +122,7 @@ def test_a_damaged_shard_is_made_again(copy, built):
     assert all_bytes(copy) == all_bytes(built)
 
 
+@pytest.mark.slow
 def test_fewer_documents_leave_no_old_shards(copy, tmp_path):
     sources = [{"kind": "worlds", "count": 14}]
     make_builder(copy, sources=sources).run()
@@ -178,26 +190,25 @@ def test_arrow_holds_the_same_rows_and_no_paths(copy, built, tmp_path):
     assert not [text for text in described if str(tmp_path) in text]
 
 
-def test_orders_are_copies_of_training_documents(copy, tmp_path):
-    make_builder(copy, section_orders=2).run()
-    splits = {name: [document_from_row(row) for row in split] for name, split in published(copy, tmp_path).items()}
-    originals = {d.document_id: d for d in splits["train"] if "-order" not in d.document_id}
-    copies = [d for d in splits["train"] if "-order" in d.document_id]
-    assert len(copies) == 2 * len(originals)
-    assert not [d for name in ("validation", "test") for d in splits[name] if "-order" in d.document_id]
+@pytest.mark.parametrize("num_streams", [2, 4])
+def test_copies_in_other_orders_say_the_same(num_streams):
+    original = generate_document("train", 3, WorldOptions(num_streams))
+    copies = list(other_orders(original, 3, seed=0))
+    assert len(copies) == min(3, math.factorial(num_streams) - 1)
+    assert (
+        len({tuple(stream.text for stream in document.streams) for document in (original, *copies)}) == len(copies) + 1
+    )
     for document in copies:
-        original = originals[document.document_id.rsplit("-order", 1)[0]]
         assert sorted(s.text for s in document.streams) == sorted(s.text for s in original.streams)
-        assert [s.text for s in document.streams] != [s.text for s in original.streams]
         owners = {item.item_id: item.stream for item in document.items}
         texts = {(item.text, document.streams[item.stream].header) for item in document.items}
         assert texts == {(item.text, original.streams[item.stream].header) for item in original.items}
         for stream in document.streams:
             assert all(stream.text[s.start : s.end] == s.value for s in stream.spans)
             assert all(owners[s.item_id] == s.owner for s in stream.spans)
-            assert [e.item_id for e in stream.notes.coverage] == [
-                i for i, o in owners.items() if o == stream.stream_id
-            ]
+            own = [item_id for item_id, owner in owners.items() if owner == stream.stream_id]
+            assert [entry.item_id for entry in stream.notes.coverage] == own
+            assert stream.ready == readiness(document.streams, stream, round_words=9)
 
 
 def test_one_build_at_a_time(copy):
@@ -211,10 +222,15 @@ def test_dry_run_stops_after_the_first_stage(tmp_path):
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"preflight"}
 
 
-def test_rejects_are_kept_with_their_reason(copy):
-    make_builder(copy, max_length_ratio=1.5).run()
+def test_rejects_are_kept_with_their_reason_and_the_card_tells(copy):
+    folder = make_builder(copy, max_length_ratio=1.5, dataset_name="Small worlds").run()
     manifest = read_json(copy / "splits" / "manifest.json")
     rejects = [reject for number in range(3) for reject in read_rejects(copy / "splits", number)]
     assert manifest["rejects"] == {"unbalanced": len(rejects)} and 0 < len(rejects) < 21
     assert manifest["rows"] == 21 - len(rejects)
     assert json.loads((copy / "dataset" / "quality_report.json").read_text())["stages"]["splits"]["rejects"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "# Small worlds" in card and "license: other" in card
+    assert all(f"| {name} | {count} |" in card for name, count in read_json(folder / "manifest.json")["rows"].items())
+    assert f"| splits | unbalanced {len(rejects)} |" in card
+    assert not [word for word in ("None", "{{", "undefined") if word in card]
