@@ -41,7 +41,7 @@ setup(
     license_files=["LICENSE"],
     keywords="transformers peft parallel-decoding text-generation gpt-oss",
     packages=find_packages(include=["modeling_pdt", "trainer_pdt", "trainer_pdt.*", "hub_cards"]),
-    package_data={"hub_cards": ["*.md"]},
+    package_data={"hub_cards": ["*.md"], "trainer_pdt": ["*.json"]},
     include_package_data=False,
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,

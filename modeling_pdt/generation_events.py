@@ -1,35 +1,49 @@
-"""What a decoding call tells the outside: events of the trace and calls of the streamer, in order.
+"""What a decoding call tells the outside: events of the trace and calls of the callbacks, in order.
 
 Letters: M rows at a block boundary.
 """
 
+import time
+from typing import Any
+
 import torch
 
-from .outputs import DecodingTrace
-from .plan import PlanEntry
-from .streaming import ParallelStreamer
+from .callbacks import CallbackList
 from .streams import StreamBatch
+from .trace import plan_items
 
 
 class DecodingEvents:
     """
-    Writes the trace and calls the streamer.
+    Writes the trace and calls the callbacks.
 
     Args:
-        trace (`DecodingTrace`): Receives every event.
-        streamer (`ParallelStreamer`): Receives committed and withdrawn blocks.
-        num_streams (`int`): S.
+        decoder (`ParallelDecoder`): The running call; its trace receives every event.
+        callbacks (`CallbackList`): Receive the same events, and tokens and notes besides.
     """
 
-    def __init__(self, trace: DecodingTrace, streamer: ParallelStreamer, num_streams: int) -> None:
-        self.trace, self.streamer, self.num_streams = trace, streamer, num_streams
+    def __init__(self, decoder: Any, callbacks: CallbackList) -> None:
+        self.decoder, self.callbacks = decoder, callbacks
+        self.trace, self.num_streams = decoder.trace, decoder.settings.num_streams
+        self.started = time.perf_counter()
+        self.standing: list[dict[str, Any]] = []
 
-    def plan(self, entries: list[list[PlanEntry]], headers: list[list[int]]) -> None:
+    def elapsed(self) -> float:
+        """Seconds since the start of the call."""
+        return time.perf_counter() - self.started
+
+    def tell(self, event: str, *values: Any) -> None:
+        """Calls one method of every callback."""
+        self.callbacks.fire(event, self.decoder, *values)
+
+    def plan(self) -> None:
         """The plan items of every prompt and the headers of every row, before the first token."""
-        for prompt, items in enumerate(entries):
-            items = [{"text": entry.text, "stream": entry.stream} for entry in items]
-            first = prompt * self.num_streams
-            self.trace.add("plan", prompt=prompt, items=items, headers=headers[first : first + self.num_streams])
+        inputs = self.decoder.inputs
+        for prompt, entries in enumerate(inputs.entries):
+            headers = inputs.headers[prompt * self.num_streams : (prompt + 1) * self.num_streams]
+            items = plan_items(entries, self.decoder.model.config)
+            self.trace.add("plan", prompt=prompt, items=items, headers=headers)
+        self.tell("on_plan")
 
     def judged(
         self,
@@ -41,6 +55,7 @@ class DecodingEvents:
         threshold: float | None,
     ) -> None:
         """The decision about every block just completed; the streams still hold all of these blocks."""
+        self.standing = []
         scores = [None] * len(rows_M) if agreement_M is None else agreement_M.tolist()
         state = (streams.block_start_R, streams.fed_R, streams.round_R, streams.attempt_R)
         places = torch.stack([rows_M, *(values[rows_M] for values in state)], dim=1).tolist()
@@ -55,22 +70,17 @@ class DecodingEvents:
                 "end": end,
                 "agreement": score,
                 "coverage": covered,
+                "tokens": streams.tokens_RL[row, start:end].tolist(),
                 "call": self.trace.calls,
+                "time_s": self.elapsed(),
             }
             if withdrawn:
-                tokens = streams.tokens_RL[row, start:end].tolist()
-                self.trace.add("rollback", **event, tokens=tokens)
-                self.streamer.rollback(event["prompt"], event["stream"], tokens)
+                self.tell("on_rollback", self.trace.add("rollback", **event))
             else:
-                self.trace.add("commit", **event, forced=threshold is not None and score < threshold)
+                event["forced"] = threshold is not None and score < threshold
+                self.standing.append(self.trace.add("commit", **event))
 
-    def committed(self, streams: StreamBatch, rows_M: torch.Tensor) -> None:
-        """The blocks that have just become final."""
-        for row in rows_M.tolist():
-            section = streams.sections[row]
-            start, end = section.blocks[-1]
-            self.streamer.put(*divmod(row, self.num_streams), section.tokens[start:end])
-
-    def end(self) -> None:
-        """No row is live."""
-        self.streamer.end()
+    def committed(self) -> None:
+        """The blocks judged last that stand are final now."""
+        for event in self.standing:
+            self.tell("on_commit", event)

@@ -47,6 +47,8 @@ class Inputs:
         plan_BPN, plan_mask_BP: Snapshot 0: plan items first, then seeds.
         num_items (`int`): Places of snapshot 0 that are plan items.
         processors, criteria: Logits processors of every row, and the caller's stopping criteria.
+        config (`PDTGenerationConfig`): What the processors were made from.
+        custom_processors (`bool`): Some of them are the caller's.
         interventions (`tuple[Intervention]`): In the order given.
         plan_source (`str`, *optional*): Where the plan came from.
         separator (`list[int]`): Tokens between the sections of a merged answer; none without a tokenizer.
@@ -60,6 +62,8 @@ class Inputs:
     num_items: int = 0
     processors: list[LogitsProcessorList] = field(default_factory=list)
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    config: PDTGenerationConfig | None = None
+    custom_processors: bool = False
     interventions: tuple[Intervention, ...] = ()
     plan_source: str | None = None
     separator: list[int] = field(default_factory=list)
@@ -183,6 +187,7 @@ def prepare_inputs(
         model, config, starts, settings.max_new_tokens, logits_processor, stopping_criteria, tokenizer
     )
     inputs = Inputs(prompts, header_ids, entries, processors=processors, criteria=criteria, plan_source=source)
+    inputs.config, inputs.custom_processors = config, bool(logits_processor)
     if tokenizer is not None:
         inputs.separator = tokenize("separator", tokenizer, [SECTION_SEPARATOR])[0]
     inputs.interventions = check_interventions(interventions, len(prompts))

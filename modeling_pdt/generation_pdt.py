@@ -12,17 +12,19 @@ import torch
 from .adapter_layer import restrict_to_streams
 from .bus import NotesBus
 from .cache import RollbackCache
+from .callbacks import CallbackList, ParallelDecodingCallback
 from .gate import agreement_of, coverage_of, judge, own_coverage
 from .generation_events import DecodingEvents
 from .generation_inputs import Inputs, merge_generation_config, prepare_inputs
 from .generation_settings import Settings
 from .interventions import WindowRequest
 from .note_states import NoteStates
-from .outputs import DecodingTrace, ParallelGenerateOutput, collect_output
+from .outputs import ParallelGenerateOutput, collect_output
 from .prefill import header_batch, prefill_prompts
 from .sampling import choose_tokens, fold_keys, history_free, keyed_uniform, process_logits, prompt_keys
-from .streaming import parallel_streamer
+from .streaming import StreamerCallback, parallel_streamer
 from .streams import StreamBatch
+from .trace import DecodingTrace, describe_model
 from .trunk_split import TapState, rewind_tap
 
 
@@ -40,6 +42,7 @@ def parallel_generate(
     logits_processor: list | None = None,
     stopping_criteria: list | None = None,
     interventions: list | None = None,
+    callbacks: list[ParallelDecodingCallback] | None = None,
     seed: int = 0,
     return_dict_in_generate: bool | None = None,
     **kwargs: Any,
@@ -60,6 +63,7 @@ def parallel_generate(
         logits_processor, stopping_criteria (`list`, *optional*): Called with each row's own history; a criterion that
             fires ends the row after the token just chosen.
         interventions (`list[Intervention]`, *optional*): Controlled changes to what the streams read.
+        callbacks (`list[ParallelDecodingCallback]`, *optional*): Told of every event as it happens.
         seed (`int`, *optional*, defaults to 0): Sampling is a function of it and of what is written.
         return_dict_in_generate (`bool`, *optional*): Return the full output in place of `sequences`.
         kwargs: Fields of [`PDTGenerationConfig`]; `max_new_tokens` counts section tokens per stream.
@@ -83,7 +87,7 @@ def parallel_generate(
         interventions,
         seed,
     )
-    output = ParallelDecoder(model, inputs, settings, streamer).run()
+    output = ParallelDecoder(model, inputs, settings, streamer, callbacks).run()
     wants_dict = config.return_dict_in_generate if return_dict_in_generate is None else return_dict_in_generate
     return output if wants_dict else output.sequences
 
@@ -96,9 +100,17 @@ class ParallelDecoder:
         model (`PDTForParallelDecoding`): Trunk and adapters.
         inputs (`Inputs`), settings (`Settings`): From [`prepare_inputs`].
         streamer (*optional*): Receives committed blocks.
+        callbacks (`list[ParallelDecodingCallback]`, *optional*): Receive every event.
     """
 
-    def __init__(self, model: Any, inputs: Inputs, settings: Settings, streamer: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        inputs: Inputs,
+        settings: Settings,
+        streamer: Any = None,
+        callbacks: list[ParallelDecodingCallback] | None = None,
+    ) -> None:
         self.model, self.stack, self.inputs, self.settings = model, model.stack, inputs, settings
         device = self.stack.base_layer.embed_tokens.weight.device
         self.eos_ids = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
@@ -132,21 +144,22 @@ class ParallelDecoder:
         self.note_states: NoteStates | None = None
         self.trace = DecodingTrace(settings={**vars(settings), "plan": inputs.plan_source})
         self.trace.settings["interventions"] = [intervention.name for intervention in inputs.interventions]
-        self.trace.settings["instrumented_layers"] = list(model.config.instrumented_layers)
+        self.trace.model = describe_model(model)
         streamer = parallel_streamer(streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0])
-        self.events = DecodingEvents(self.trace, streamer, settings.num_streams)
+        self.events = DecodingEvents(self, CallbackList([*(callbacks or ()), StreamerCallback(streamer)]))
 
     def run(self) -> ParallelGenerateOutput:
         """Prefill, then one token for every live row per trunk call, until no row is live."""
-        started = time.perf_counter()
-        self.events.plan(self.inputs.entries, self.inputs.headers)
+        timings = self.trace.timings
+        self.events.plan()
         logits_RV = self._start()
-        self.trace.timings["prefill_s"] = time.perf_counter() - started
+        timings.update(prefill_s=self.events.elapsed(), exchange_s=0.0)
+        self.events.tell("on_round_begin", self.streams.rows_R)
         self._choose(self.streams.rows_R, logits_RV)
         while self.streams.live_rows:
             self._step()
-        self.events.end()
-        self.trace.timings["total_s"] = time.perf_counter() - started
+        timings["total_s"] = self.events.elapsed()
+        self.events.tell("on_end")
         return collect_output(
             streams=self.streams, settings=self.settings, trace=self.trace, separator=self.inputs.separator
         )
@@ -190,18 +203,26 @@ class ParallelDecoder:
         # The one transfer per token: which rows stand at a boundary.
         at_boundary = streams.at_boundary(self.eos_ids).tolist()
         if any(at_boundary):
-            rows_M = streams.rows_R[[row for row, flag in enumerate(at_boundary) if flag]]
-            withdrawn_M = self._close_blocks(rows_M)
+            tap = self._exchange(tap, streams.rows_R[[row for row, flag in enumerate(at_boundary) if flag]])
             if not streams.live_rows:
                 return
-            if withdrawn_M.numel():
-                tap = self._go_back(tap, withdrawn_M)
-            self._refresh_window()
         hidden = self._upper(tap, self._stream_ids())[:, 0]
         kept_A = streams.drop_finished()
         if kept_A is not None:
             self.note_states, hidden = self.note_states.select_rows(kept_A), hidden[kept_A]
         self._choose(streams.batch_A, self.head(hidden))
+
+    def _exchange(self, tap: TapState, rows_M: torch.Tensor) -> TapState:
+        """What happens between the halves of a call in which rows complete a block; the tap where all rows stand."""
+        started = time.perf_counter()
+        withdrawn_M = self._close_blocks(rows_M)
+        if withdrawn_M.numel():
+            tap = self._go_back(tap, withdrawn_M)
+        if self.streams.live_rows:
+            self._refresh_window()
+            self.events.tell("on_round_begin", rows_M[self.streams.live_R[rows_M]])
+        self.trace.timings["exchange_s"] += time.perf_counter() - started
+        return tap
 
     def _go_back(self, tap: TapState, rows_M: torch.Tensor) -> TapState:
         """The tap with these rows at the token before the block that they write again; its lower half is known."""
@@ -266,6 +287,7 @@ class ParallelDecoder:
         notes = heads.write(states, mask, self.settings.block_size)
         round_M = streams.round_R[rows_M]
         self.bus.publish(rows_M, round_M, notes)
+        self.events.tell("on_note", rows_M, round_M, notes)
         coverage_MP = self._coverage(rows_M)
         agreement_M, withdrawn_M = None, torch.zeros_like(rows_M, dtype=torch.bool)
         if "agreement" in self.model.config.trained_parts:
@@ -311,7 +333,7 @@ class ParallelDecoder:
         streams.finish(rows_M[ended | streams.stop_R[rows_M]], self.eos_ids)
         for row, covered in zip(rows_M.tolist(), coverage, strict=True):
             streams.sections[row].coverage = covered
-        self.events.committed(streams, rows_M)
+        self.events.committed()
 
     def _choose(self, rows_M: torch.Tensor, logits_MV: torch.Tensor) -> None:
         """The next token of each row, from its own history and its own randomness."""
@@ -329,6 +351,7 @@ class ParallelDecoder:
             uniform = keyed_uniform(streams.fed_R[rows_M], attempt_M, state=self.key_R[rows_M])
         tokens = choose_tokens(scores, settings.do_sample, uniform)
         streams.choose(rows_M, tokens)
+        self.events.tell("on_token", rows_M, tokens, scores)
         if self.inputs.criteria:
             for row, history, token, score in zip(rows_M.tolist(), histories, tokens, scores, strict=True):
                 done = self.inputs.criteria(torch.cat([history, token[None]])[None], score[None])

@@ -3,16 +3,15 @@
 Letters: R rows, T tokens, V rounds, K notes per block, N note width, P plan items, S streams.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import Cache
 from transformers.utils import ModelOutput
 
+from .trace import DecodingTrace
 from .trunk_split import TapState
-
-TRACE_SCHEMA_VERSION = "1.0"
 
 
 @dataclass
@@ -76,44 +75,6 @@ class StreamResult:
 
 
 @dataclass
-class DecodingTrace:
-    """
-    What happened in a decoding call, in order.
-
-    Args:
-        settings (`dict`): Choices of the call, after defaults.
-        events (`list[dict]`): One dictionary per event. `kind` is `"plan"` (per prompt: items, tokens of the headers),
-            `"commit"` (a block stands and its note is published) or `"rollback"` (a block and its note are withdrawn);
-            the last two say prompt, stream, round, attempt, token range, agreement, coverage and trunk call.
-        timings (`dict[str, float]`): Seconds by part of the call.
-        calls (`int`): Trunk calls after the prefill.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)
-    calls: int = 0
-
-    def add(self, kind: str, **values: Any) -> None:
-        """Appends one event."""
-        self.events.append({"kind": kind, **values})
-
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Events of one kind, in order."""
-        return [event for event in self.events if event["kind"] == kind]
-
-    def to_manifest(self) -> dict[str, Any]:
-        """The trace as plain JSON values, with its schema version."""
-        return {
-            "schema_version": TRACE_SCHEMA_VERSION,
-            "settings": dict(self.settings),
-            "calls": self.calls,
-            "timings": dict(self.timings),
-            "events": [dict(event) for event in self.events],
-        }
-
-
-@dataclass
 class ParallelGenerateOutput(ModelOutput):
     """
     Result of [`PDTForParallelDecoding.generate`].
@@ -167,6 +128,7 @@ def collect_output(streams: Any, settings: Any, trace: DecodingTrace, separator:
     sequences = torch.full((len(rows), left + right), settings.pad_id)
     for row, (start, section) in enumerate(rows):
         sequences[row, left - len(start) : left + len(section)] = torch.tensor(start + section)
+    trace.streams = [[asdict(result) for result in row] for row in results]
     return ParallelGenerateOutput(
         sequences=sequences.to(streams.device),
         streams=results,

@@ -1,7 +1,11 @@
 """Streaming of committed blocks."""
 
+from typing import Any
+
 import torch
 from transformers.generation.streamers import BaseStreamer
+
+from .callbacks import ParallelDecodingCallback
 
 
 class ParallelStreamer:
@@ -70,3 +74,27 @@ def parallel_streamer(streamer: object | None, rows: int, start: list[int]) -> P
     if not all(callable(getattr(streamer, name, None)) for name in methods):
         raise ValueError(f"streamer must be a ParallelStreamer or have its methods {methods}, got {streamer!r}.")
     return streamer
+
+
+class StreamerCallback(ParallelDecodingCallback):
+    """
+    Hands committed and withdrawn blocks to a streamer.
+
+    Args:
+        streamer (`ParallelStreamer`): To call.
+    """
+
+    def __init__(self, streamer: ParallelStreamer) -> None:
+        self.streamer = streamer
+
+    def on_commit(self, decoder: Any, event: dict[str, Any]) -> None:
+        """Puts the block's tokens."""
+        self.streamer.put(event["prompt"], event["stream"], event["tokens"])
+
+    def on_rollback(self, decoder: Any, event: dict[str, Any]) -> None:
+        """Passes the withdrawn tokens on."""
+        self.streamer.rollback(event["prompt"], event["stream"], event["tokens"])
+
+    def on_end(self, decoder: Any) -> None:
+        """Ends the streamer."""
+        self.streamer.end()

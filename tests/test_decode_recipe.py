@@ -1,5 +1,6 @@
 """recipes/decode.py on a tiny random model, and the view that it shows."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -9,22 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from modeling_pdt import PDTForParallelDecoding
+from modeling_pdt import PDTForParallelDecoding, PDTGenerationConfig
 from trainer_pdt.live_view import LiveView
+from trainer_pdt.manifest import differences, read_decode_manifest
 from trainer_pdt.parser import RecipeParser
+from trainer_pdt.telemetry import read_json, write_json
 from trainer_pdt.trunk import train_tokenizer
 
 PATH = Path(__file__).parents[1] / "recipes/decode.py"
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("decode_recipe", PATH)
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", PATH.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load("decode")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,7 @@ def test_a_file_of_requests_is_one_batch(recipe, model, tokenizer, tmp_path):
 @pytest.mark.parametrize("words", [[], ["--prompt", "a", "--prompt_file", "b"]])
 def test_one_source_of_requests(recipe, words):
     with pytest.raises(ValueError, match="give exactly one of `prompt` and `prompt_file`"):
-        recipe.requests(arguments(recipe, *words))
+        arguments(recipe, *words).requests()
 
 
 def test_the_recipe_runs_from_a_saved_folder(recipe, model, tokenizer, tmp_path, capsys):
@@ -100,6 +107,47 @@ def test_the_recipe_runs_from_a_saved_folder(recipe, model, tokenizer, tmp_path,
     words = ["--prompt", "Describe Velmar.", "--plan", "none", "--max_new_tokens", "4", "--threads"]
     recipe.main(["--model", str(tmp_path), *words, str(torch.get_num_threads())])
     assert "merged answer" in capsys.readouterr().out
+
+
+def test_a_run_leaves_its_files_and_can_be_replayed(recipe, model, tokenizer, tmp_path, capsys):
+    names = {"manifest": "out/manifest.json", "stream_jsonl": "out/tokens.jsonl", "replay_folder": "out/replay"}
+    words = [word for name, file in names.items() for word in (f"--{name}", str(tmp_path / file))]
+    notes = tmp_path / "notes.yaml"
+    notes.write_text("stream_0: [barley]\n")
+    plan = ["--plan_texts", '{"text": "main crop", "stream": 0}', '{"text": "mayor"}', "--seed_texts", "a", "b", "c"]
+    options = ["--max_new_tokens", "10", "--token_records", "--memory_report", "--tag", "first", "--top_p", "0.9"]
+    given = arguments(recipe, "--prompt", "Velmar.", *words, *plan, *options, "--reference_notes", str(notes))
+    given.agreement_threshold, given.max_retries = 0.999, 2
+    output = recipe.decode(model, tokenizer, given, console())
+    record = read_decode_manifest(tmp_path / "out/manifest.json")
+    assert record["tag"] == "first" and record["reference_notes"] == {"stream_0": ["barley"]}
+    lines = [json.loads(line)["event"] for line in (tmp_path / "out/tokens.jsonl").read_text().splitlines()]
+    assert lines.count("token") == len(record["trace"]["tokens"])
+    assert record["trace"]["memory"]["cache_bytes"] > 0
+    assert record["trace"]["settings"]["plan"] == "external"
+    items = record["trace"]["events"][0]["items"]
+    assert items[0]["bucket"] > 0 and items[1] == {"text": "mayor", "stream": None, "bucket": None}
+    assert output.trace.of_kind("rollback")
+    folder = ["--replay_folder", str(tmp_path / "out/replay")]
+    load("replay").main([*folder, "--trace", str(tmp_path / "trace.json")])
+    assert "replay: identical" in capsys.readouterr().out
+    assert list(differences(record["trace"], read_json(tmp_path / "trace.json"))) == []
+    stored = read_json(tmp_path / "out/replay/replay.json")
+    stored["trace"]["events"][-1]["tokens"][0] += 1
+    write_json(tmp_path / "out/replay/replay.json", stored)
+    with pytest.raises(SystemExit, match=r"replay: differs\n  trace\.events\[\d+\]\.tokens\[0\] is"):
+        load("replay").main(folder)
+
+
+def test_every_option_of_decoding_is_an_option_of_the_recipe(recipe):
+    options = set(vars(PDTGenerationConfig())) - set(vars(GenerationConfig()))
+    fields = {field.name for field in dataclasses.fields(recipe.DecodeArguments)}
+    assert options <= fields
+    text = RecipeParser(recipe.DecodeArguments).format_help()
+    assert "--bus_lag (default None) Rounds between writing and reading.\n" in text
+    given = arguments(recipe, "--prompt", "a", "--bus_lag", "2", "--retry_policy", "stale")
+    chosen = given.generate_arguments()
+    assert (chosen["bus_lag"], chosen["retry_policy"]) == (2, "stale") and "block_size" not in chosen
 
 
 def test_the_view_has_a_column_per_stream_and_strikes_what_is_withdrawn(tokenizer):

@@ -1,0 +1,112 @@
+"""Options of `recipes/decode.py`, and what they mean for `generate`."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from modeling_pdt import PDTGenerationConfig
+from modeling_pdt.configuration_generation import INHERITED_FIELDS
+from modeling_pdt.interventions import make_interventions
+from trainer_pdt.parser import load_yaml
+from trainer_pdt.render import render_header
+
+# The recipe's own options of these names say more than the field of the generation configuration.
+RECIPE_OWNS = ("plan",)
+
+
+def generation_fields() -> list[str]:
+    """Fields that [`PDTGenerationConfig`] adds to `GenerationConfig` and that the recipe passes on as they are."""
+    return [name for name in vars(PDTGenerationConfig()) if name not in {*INHERITED_FIELDS, *RECIPE_OWNS}]
+
+
+def _meaning(name: str) -> str:
+    """The first sentence about a field in the docstring of [`PDTGenerationConfig`]."""
+    found = re.search(rf"^ +{name} \(.*?\): (.*?)(?:\.\s|\.$)", PDTGenerationConfig.__doc__, re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise ValueError(f"the docstring of PDTGenerationConfig does not describe {name!r}.")
+    return " ".join(found.group(1).split()) + "."
+
+
+GenerationOptions = dataclasses.make_dataclass(
+    "GenerationOptions",
+    [(name, Any, field(default=None, metadata={"help": _meaning(name)})) for name in generation_fields()],
+    kw_only=True,
+    namespace={"__doc__": "Fields of `PDTGenerationConfig`; `None` means the value that the model was saved with."},
+)
+
+
+@dataclass(kw_only=True)
+class DecodeArguments(GenerationOptions):
+    """What `recipes/decode.py` reads from YAML and the command line, beside the fields of `PDTGenerationConfig`."""
+
+    model: str = field(metadata={"help": "Folder or Hub repository of trained adapters."})
+    prompt: str | None = field(default=None, metadata={"help": "The request."})
+    prompt_file: str | None = field(default=None, metadata={"help": "File with one request per line."})
+    plan: Literal["trunk", "planner", "none"] = field(
+        default="trunk", metadata={"help": "Who plans: the trunk writes an outline, the planner head, or nobody."}
+    )
+    plan_texts: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Plan items {text: ..., stream: ...} in place of `plan`."}
+    )
+    headers: list[str] | None = field(default=None, metadata={"help": "Section headers, one per stream."})
+    stream_prefixes: list[str] | None = field(
+        default=None, metadata={"help": "Starts of the sections as they are, in place of `headers`."}
+    )
+    seed_texts: list[str] | None = field(default=None, metadata={"help": "Notes at the start, one text per stream."})
+    seed_notes: str | None = field(
+        default=None, metadata={"help": "YAML or JSON file {notes: [[...], ...]} with vectors of the notes' width."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens per section."})
+    temperature: float = field(default=1.0, metadata={"help": "0 takes the likeliest token."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the likeliest tokens only; 0 for all."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: tokens of the row become less likely."})
+    seed: int = field(default=0, metadata={"help": "The same seed writes the same answer."})
+    interventions: list[str] = field(default_factory=list, metadata={"help": "Names, for instance ablate or stale."})
+    manifest: str | None = field(default=None, metadata={"help": "JSON file for the trace and the texts."})
+    token_records: bool = field(default=False, metadata={"help": "A record per token in the manifest."})
+    memory_report: bool = field(default=False, metadata={"help": "Bytes of caches and notes in the manifest."})
+    reference_notes: str | None = field(
+        default=None, metadata={"help": "YAML or JSON file of notes that go into the manifest for evaluation."}
+    )
+    tag: str | None = field(default=None, metadata={"help": "Label in the manifest."})
+    stream_jsonl: str | None = field(default=None, metadata={"help": "File for a line of JSON per token and event."})
+    replay_folder: str | None = field(default=None, metadata={"help": "Folder for what recipes/replay.py needs."})
+    replay_chunk_calls: int = field(default=256, metadata={"help": "Trunk calls per file of the replay artefact."})
+    device: str | None = field(default=None, metadata={"help": "Of the model: cuda, cuda:1, mps; default: the CPU."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads."})
+
+    def requests(self) -> list[str]:
+        """The requests: the one given, or the lines of the file."""
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("give exactly one of `prompt` and `prompt_file`.")
+        if self.prompt is not None:
+            return [self.prompt]
+        return [line for line in Path(self.prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def generate_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `generate` that do not depend on the model."""
+        if self.headers is not None and self.stream_prefixes is not None:
+            raise ValueError("give at most one of `headers` and `stream_prefixes`.")
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        options = {name: getattr(self, name) for name in generation_fields() if getattr(self, name) is not None}
+        prefixes = self.headers and [render_header(header) for header in self.headers]
+        return {
+            "plan": None if self.plan == "none" else self.plan,
+            "plan_texts": self.plan_texts,
+            "stream_prefixes": prefixes or self.stream_prefixes,
+            "seed_texts": self.seed_texts,
+            "seed_notes": self.seed_notes and torch.tensor(load_yaml(self.seed_notes)["notes"]),
+            "max_new_tokens": self.max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "interventions": make_interventions(self.interventions),
+            "seed": self.seed,
+            **sampling,
+            **options,
+        }
