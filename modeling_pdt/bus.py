@@ -6,6 +6,8 @@ width.
 
 import torch
 
+from .retention import merge_rounds, novelty, retained_places, select_older
+
 
 def visible_notes(
     reader_stream: torch.Tensor,
@@ -14,7 +16,8 @@ def visible_notes(
     producer: torch.Tensor,
     version: torch.Tensor,
     capacity: int,
-    own_notes: bool = False,
+    own_notes: bool | torch.Tensor = False,
+    reads_SS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The one visibility rule, used by training and decoding.
@@ -29,15 +32,54 @@ def visible_notes(
         producer, version (`torch.Tensor` of shape `[..., W]`): Stream and round of each note; a version below 0 marks
             an empty place.
         capacity (`int`): Rounds kept readable.
-        own_notes (`bool`, *optional*, defaults to `False`): The reader's own notes in place of its siblings'.
+        own_notes (`bool` or `torch.BoolTensor` of shape `[...]`, *optional*, defaults to `False`): The reader's own
+            notes of earlier rounds in place of what it reads otherwise.
+        reads_SS (`torch.BoolTensor` of shape `[S, S]`, *optional*): Whether a reader (first axis) sees a writer; see
+            [`topology_matrix`]. `None`: all siblings.
 
     Returns:
         `torch.BoolTensor` of shape `[..., W]`.
     """
     newest = (read_round - lag).unsqueeze(-1)
     seen = (version >= 0) & (version <= newest) & (version > newest - capacity)
-    own = producer == reader_stream.unsqueeze(-1)
-    return seen & (own if own_notes else ~own)
+    reader = reader_stream.unsqueeze(-1)
+    own = producer == reader
+    allowed = ~own if reads_SS is None else reads_SS[reader, producer]
+    if torch.is_tensor(own_notes):
+        allowed = torch.where(own_notes.unsqueeze(-1), own, allowed)
+    elif own_notes:
+        allowed = own
+    return seen & allowed & (~own | (version < read_round.unsqueeze(-1)))
+
+
+def topology_matrix(
+    topology: list[tuple[int, int]] | None, num_streams: int, self_notes: bool = False
+) -> torch.Tensor | None:
+    """
+    Who reads whom.
+
+    Args:
+        topology (`list[tuple[int, int]]`, *optional*): Edges (writer, reader). `None`: every sibling.
+        num_streams (`int`): S.
+        self_notes (`bool`, *optional*, defaults to `False`): Every stream reads its own notes of earlier rounds too.
+
+    Returns:
+        `torch.BoolTensor` of shape `[S, S]`, readers first; `None` for siblings and nothing else.
+
+    Raises:
+        ValueError: For an edge that names a stream which the call does not have.
+    """
+    if topology is None and not self_notes:
+        return None
+    own = torch.eye(num_streams, dtype=torch.bool)
+    reads_SS = ~own if topology is None else torch.zeros_like(own)
+    for writer, reader in topology or ():
+        if not (0 <= writer < num_streams and 0 <= reader < num_streams):
+            raise ValueError(
+                f"topology: streams must be in [0, {num_streams - 1}], got the edge {(writer, reader)!r}."
+            )
+        reads_SS[reader, writer] = True
+    return reads_SS | own if self_notes else reads_SS
 
 
 class NotesBus:
@@ -51,7 +93,12 @@ class NotesBus:
         plan_BPN (`torch.Tensor` of shape `[B, P, N]`, *optional*): Snapshot 0, pinned.
         plan_mask_BP (`torch.BoolTensor` of shape `[B, P]`, *optional*): Which plan places are filled.
         device, dtype: Of the stored notes.
+        reads_SS (`torch.BoolTensor` of shape `[S, S]`, *optional*): From [`topology_matrix`].
+        retention (`str`, *optional*, defaults to `"fifo"`): Which rounds stay readable; see [`retained_places`].
     """
+
+    # Rounds added whenever the places are taken.
+    GROWTH = 8
 
     def __init__(
         self,
@@ -64,8 +111,12 @@ class NotesBus:
         plan_mask_BP: torch.Tensor | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        reads_SS: torch.Tensor | None = None,
+        retention: str = "fifo",
     ) -> None:
         self.num_streams, self.capacity = num_streams, capacity
+        self.reads_SS = None if reads_SS is None else reads_SS.to(device)
+        self.recent, self.scored, self.merged = retained_places(retention, capacity)
         if plan_BPN is None:
             plan_BPN = torch.zeros(num_prompts, 0, notes_dim)
             plan_mask_BP = torch.zeros(num_prompts, 0, dtype=torch.bool)
@@ -80,13 +131,15 @@ class NotesBus:
             num_prompts, num_streams, 0, notes_per_block, notes_dim, device=device, dtype=dtype
         )
         self.published_BSV = torch.zeros(num_prompts, num_streams, 0, dtype=torch.bool, device=device)
+        self.novelty_BSV = torch.zeros(num_prompts, num_streams, 0, device=device)
 
     def _grow(self, rounds: int) -> None:
         missing = rounds - self.published_BSV.shape[2]
         if missing > 0:
-            missing = max(missing, 8)
+            missing = max(missing, self.GROWTH)
             self.notes_BSVKN = torch.nn.functional.pad(self.notes_BSVKN, (0, 0, 0, 0, 0, missing))
             self.published_BSV = torch.nn.functional.pad(self.published_BSV, (0, missing))
+            self.novelty_BSV = torch.nn.functional.pad(self.novelty_BSV, (0, missing))
 
     def publish(self, rows: torch.Tensor, rounds: torch.Tensor, notes_MKN: torch.Tensor) -> None:
         """
@@ -114,6 +167,9 @@ class NotesBus:
         prompt, stream = rows // self.num_streams, rows % self.num_streams
         if len(set(places)) < len(places) or bool(self.published_BSV[prompt, stream, rounds].any()):
             raise ValueError("a round is published once; withdraw it first.")
+        if self.scored:
+            earlier = self.notes_BSVKN[prompt, stream], self.published_BSV[prompt, stream]
+            self.novelty_BSV[prompt, stream, rounds] = novelty(notes_MKN, *earlier, rounds)
         self.notes_BSVKN[prompt, stream, rounds] = notes_MKN.to(self.notes_BSVKN)
         self.published_BSV[prompt, stream, rounds] = True
 
@@ -127,7 +183,7 @@ class NotesBus:
         read_round: torch.Tensor,
         lag: torch.Tensor,
         sources: torch.Tensor | None = None,
-        own_notes: bool = False,
+        own_notes: bool | torch.Tensor = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The notes that each row may read while it writes `read_round`: the plan, then every producer's rounds.
@@ -136,33 +192,58 @@ class NotesBus:
             rows, read_round, lag (`torch.LongTensor` of shape `[M]`): Readers, the round each writes, and its lag.
             sources (`torch.LongTensor` of shape `[M]`, *optional*): Rows in whose place the notes are read; the plan
                 is the reader's own all the same.
-            own_notes (`bool`, *optional*, defaults to `False`): A row's own notes in place of its siblings'.
+            own_notes (`bool` or `torch.BoolTensor` of shape `[M]`, *optional*, defaults to `False`): A row's own notes
+                in place of what it reads otherwise.
 
         Returns:
             `(notes, mask)` of shapes `[M, W, N]` and `[M, W]`.
         """
-        _, streams, stored, per_block, width = self.notes_BSVKN.shape
+        streams, stored, per_block, _ = self.notes_BSVKN.shape[1:]
         sources = rows if sources is None else sources
-        prompt = sources // streams
-        newest = read_round - lag
-        span = max(0, min(self.capacity, int(newest.max()) + 1)) if rows.numel() and stored else 0
+        prompt, newest = sources // streams, read_round - lag
+        span = max(0, min(self.recent, int(newest.max()) + 1)) if rows.numel() and stored else 0
         version_MV = newest[:, None] - torch.arange(span - 1, -1, -1, device=rows.device)
-        index_MV = version_MV.clamp(0, max(stored - 1, 0))
-        stream_S = torch.arange(streams, device=rows.device)
-        notes = self.notes_BSVKN[prompt[:, None, None], stream_S[None, :, None], index_MV[:, None, :]]
-        filled = self.published_BSV[prompt[:, None, None], stream_S[None, :, None], index_MV[:, None, :]]
-        filled = filled & (version_MV < stored)[:, None, :]
-        version = torch.where(filled, version_MV[:, None, :].expand_as(filled), -1)
-        producer = stream_S[None, :, None].expand_as(filled)
+        notes, version = self._rounds(prompt, version_MV[:, None, :].expand(-1, streams, -1))
+        if stored and (self.scored or self.merged):
+            older_notes, older = self._older(prompt, newest - self.recent)
+            notes, version = torch.cat([older_notes, notes], dim=2), torch.cat([older, version], dim=2)
+        producer = torch.arange(streams, device=rows.device)[None, :, None].expand_as(version)
         mask = visible_notes(
-            sources % streams, read_round, lag, producer.flatten(1), version.flatten(1), self.capacity, own_notes
+            sources % streams,
+            read_round,
+            lag,
+            producer.flatten(1),
+            version.flatten(1),
+            max(self.capacity, stored) if self.scored or self.merged else self.capacity,
+            own_notes,
+            self.reads_SS,
         )
         mask = mask.repeat_interleave(per_block, dim=1)
-        notes = notes.reshape(rows.shape[0], streams * span * per_block, width)
+        notes = notes.flatten(1, 3)
         return (
             torch.cat([self.plan_BPN[rows // streams], notes], dim=1),
             torch.cat([self.plan_mask_BP[rows // streams], mask], dim=1),
         )
+
+    def _rounds(self, prompt: torch.Tensor, version_MSV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Notes `[M, S, V, K, N]` of rounds `[M, S, V]`, and the rounds with -1 for those that are not published."""
+        stored = self.notes_BSVKN.shape[2]
+        index = version_MSV.clamp(0, max(stored - 1, 0))
+        prompt = prompt[:, None, None]
+        stream = torch.arange(self.num_streams, device=index.device)[None, :, None]
+        filled = self.published_BSV[prompt, stream, index] & (version_MSV == index)
+        return self.notes_BSVKN[prompt, stream, index], torch.where(filled, index, -1)
+
+    def _older(self, prompt: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What retention keeps of the rounds up to `newest` `[M]`, as [`_rounds`] returns it."""
+        stored = self.published_BSV.shape[2]
+        old_MSV = self.published_BSV[prompt] & (torch.arange(stored, device=newest.device) <= newest[:, None, None])
+        chosen, rest = select_older(old_MSV, self.novelty_BSV[prompt], min(self.scored, stored))
+        notes, version = self._rounds(prompt, chosen)
+        if not self.merged:
+            return notes, version
+        merged, merged_version = merge_rounds(self.notes_BSVKN[prompt], rest)
+        return torch.cat([merged, notes], dim=2), torch.cat([merged_version, version], dim=2)
 
 
 def training_window(

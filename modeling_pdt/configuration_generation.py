@@ -5,9 +5,11 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .configuration_adapter import check_choice, check_integer, check_range
+from .retention import RETENTION_MODES
 
 PLAN_SOURCES = ("trunk", "planner", None)
 RETRY_POLICIES = ("refresh", "stale")
+BUS_DTYPES = ("float32", "bfloat16", "float16")
 INHERITED_FIELDS = frozenset(vars(GenerationConfig()))
 
 
@@ -22,6 +24,14 @@ class PDTGenerationConfig(GenerationConfig):
         block_size (`int`, *optional*): Tokens per block.
         bus_lag (`int`, *optional*): Rounds between writing and reading.
         bus_capacity (`int`, *optional*): Rounds kept readable.
+        retention (`str`, *optional*, defaults to `"fifo"`): Which rounds these are: `"fifo"`, `"scored"`,
+            `"compressed"` or `"hybrid"`; see [`retained_places`].
+        bus_dtype (`str`, *optional*, defaults to `"float32"`): In which notes are stored: `"float32"`, `"bfloat16"` or
+            `"float16"`.
+        topology (`list[tuple[int, int]]`, *optional*): Edges (writer, reader) between streams. `None`: every stream
+            reads every sibling.
+        self_notes (`bool`, *optional*, defaults to `False`): A stream reads its own notes of earlier rounds too.
+        self_only_rounds (`int`, *optional*, defaults to 0): First rounds in which a stream reads its own notes only.
         max_retries (`int`, *optional*, defaults to 1): Times a block may be withdrawn and written again.
         retry_policy (`str`, *optional*, defaults to `"refresh"`): `"refresh"`: a rewriting reads the siblings' newest
             notes, of its own round too; `"stale"`: it reads what the first writing read (a control). From the second
@@ -39,6 +49,11 @@ class PDTGenerationConfig(GenerationConfig):
         self.block_size = kwargs.pop("block_size", None)
         self.bus_lag = kwargs.pop("bus_lag", None)
         self.bus_capacity = kwargs.pop("bus_capacity", None)
+        self.retention = kwargs.pop("retention", "fifo")
+        self.bus_dtype = kwargs.pop("bus_dtype", "float32")
+        self.topology = kwargs.pop("topology", None)
+        self.self_notes = kwargs.pop("self_notes", False)
+        self.self_only_rounds = kwargs.pop("self_only_rounds", 0)
         self.max_retries = kwargs.pop("max_retries", 1)
         self.retry_policy = kwargs.pop("retry_policy", "refresh")
         self.agreement_threshold = kwargs.pop("agreement_threshold", None)
@@ -64,4 +79,19 @@ class PDTGenerationConfig(GenerationConfig):
         if self.agreement_threshold is not None:
             check_range(owner, "agreement_threshold", self.agreement_threshold, 0, 1)
         check_choice(owner, "plan", self.plan, PLAN_SOURCES)
+        self._check_bus(owner)
         check_choice(owner, "retry_policy", self.retry_policy, RETRY_POLICIES)
+
+    def _check_bus(self, owner: str) -> None:
+        check_choice(owner, "retention", self.retention, RETENTION_MODES)
+        check_choice(owner, "bus_dtype", self.bus_dtype, BUS_DTYPES)
+        check_choice(owner, "self_notes", self.self_notes, (True, False))
+        check_integer(owner, "self_only_rounds", self.self_only_rounds, 0)
+        edges = self.topology if isinstance(self.topology, (list, tuple)) else [self.topology]
+        if self.topology is not None and not all(map(is_edge, edges)):
+            raise ValueError(f"{owner}.topology must be a list of edges (writer, reader), got {self.topology!r}.")
+
+
+def is_edge(value: Any) -> bool:
+    """Whether a value is a pair of stream numbers."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(part) is int for part in value)

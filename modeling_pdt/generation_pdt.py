@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .adapter_layer import restrict_to_streams
-from .bus import NotesBus
+from .bus import NotesBus, topology_matrix
 from .cache import RollbackCache
 from .callbacks import CallbackList, ParallelDecodingCallback
 from .gate import agreement_of, coverage_of, judge, own_coverage
@@ -18,6 +18,7 @@ from .generation_events import DecodingEvents
 from .generation_inputs import Inputs, merge_generation_config, prepare_inputs
 from .generation_settings import Settings
 from .interventions import WindowRequest
+from .memory import notes_memory
 from .note_states import NoteStates
 from .outputs import ParallelGenerateOutput, collect_output
 from .prefill import header_batch, prefill_prompts
@@ -132,6 +133,9 @@ class ParallelDecoder:
             inputs.plan_BPN,
             inputs.plan_mask_BP,
             device,
+            getattr(torch, settings.bus_dtype),
+            topology_matrix(settings.topology, settings.num_streams, settings.self_notes),
+            settings.retention,
         )
         self.head = model.get_output_embeddings()
         prompt_key_R = torch.tensor(prompt_keys(inputs.prompts), device=device)[self.streams.prompt_R]
@@ -145,6 +149,8 @@ class ParallelDecoder:
         self.trace = DecodingTrace(settings={**vars(settings), "plan": inputs.plan_source})
         self.trace.settings["interventions"] = [intervention.name for intervention in inputs.interventions]
         self.trace.model = describe_model(model)
+        weight = self.stack.snc[0].k_proj.weight.element_size()
+        self.trace.settings["notes_memory"] = notes_memory(model.config, settings, self.bus.plan_BPN.shape[1], weight)
         streamer = parallel_streamer(streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0])
         self.events = DecodingEvents(self, CallbackList([*(callbacks or ()), StreamerCallback(streamer)]))
 
@@ -257,7 +263,8 @@ class ParallelDecoder:
 
     def _request(self, rows: torch.Tensor, read_round: torch.Tensor, lag: torch.Tensor) -> tuple:
         """The window of some rows after the call's interventions."""
-        request = WindowRequest(rows, rows, read_round, lag)
+        own_notes = read_round < self.settings.self_only_rounds if self.settings.self_only_rounds else False
+        request = WindowRequest(rows, rows, read_round, lag, own_notes)
         for intervention in self.inputs.interventions:
             request = intervention.request(request, self.settings.num_streams, self.streams.num_prompts)
         notes, mask = self.bus.window(
@@ -319,7 +326,7 @@ class ParallelDecoder:
         if not self.inputs.num_items:
             return None
         text, mask = self.streams.own_text(rows_M)
-        items = self.bus.plan_BPN[self.streams.prompt_R[rows_M], : self.inputs.num_items]
+        items = self.bus.plan_BPN[self.streams.prompt_R[rows_M], : self.inputs.num_items].float()
         return coverage_of(self.stack.heads, text, mask, items)
 
     def _commit(self, rows_M: torch.Tensor, coverage: list[dict[int, float]]) -> None:

@@ -9,6 +9,8 @@ from .configuration_generation import PDTGenerationConfig
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
+# Rounds without which a way of retention has no place for what it is there for.
+SMALLEST_CAPACITY = {"fifo": 1, "scored": 2, "compressed": 2, "hybrid": 3}
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,11 @@ class Settings:
     block_size: int
     bus_lag: int
     bus_capacity: int
+    retention: str
+    bus_dtype: str
+    topology: list[tuple[int, int]] | None
+    self_notes: bool
+    self_only_rounds: int
     max_retries: int
     retry_policy: str
     agreement_threshold: float | None
@@ -54,12 +61,20 @@ def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, 
         raise ValueError(
             f"block_size must be in [1, commit_horizon={model.config.commit_horizon}], got {value('block_size')}."
         )
+    capacity, least = value("bus_capacity"), SMALLEST_CAPACITY[config.retention]
+    if capacity < least:
+        raise ValueError(f"bus_capacity must be >= {least} with retention={config.retention!r}, got {capacity}.")
     eos_ids, pad = end_and_pad(config)
     return Settings(
         num_streams=num_streams,
         block_size=value("block_size"),
         bus_lag=value("bus_lag"),
-        bus_capacity=value("bus_capacity"),
+        bus_capacity=capacity,
+        retention=config.retention,
+        bus_dtype=config.bus_dtype,
+        topology=config.topology,
+        self_notes=config.self_notes,
+        self_only_rounds=config.self_only_rounds,
         max_retries=config.max_retries,
         retry_policy=config.retry_policy,
         agreement_threshold=threshold,

@@ -21,14 +21,14 @@ class WindowRequest:
         rows (`torch.LongTensor` of shape `[M]`): Readers; the plan is always their own prompt's.
         sources (`torch.LongTensor` of shape `[M]`): Rows in whose place the notes are read.
         read_round, lag (`torch.LongTensor` of shape `[M]`): Round that each row writes, and its lag.
-        own_notes (`bool`): Read the row's own notes in place of its siblings'.
+        own_notes (`bool` or `torch.BoolTensor` of shape `[M]`): Read the row's own notes in place of its siblings'.
     """
 
     rows: torch.Tensor
     sources: torch.Tensor
     read_round: torch.Tensor
     lag: torch.Tensor
-    own_notes: bool = False
+    own_notes: bool | torch.Tensor = False
 
 
 class Intervention:
