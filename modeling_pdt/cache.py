@@ -177,3 +177,31 @@ class RollbackCache(Cache):
         if bool((counts_R > 0).any()):
             for layer in self.layers:
                 layer.rollback(counts_R)
+
+
+class TwinCache(RollbackCache):
+    """
+    A cache with a second one for rows that nothing conditions: the same tokens, other states in the upper layers.
+
+    Args:
+        config (`PreTrainedConfig`), margin (`int`): See [`RollbackCache`].
+    """
+
+    def __init__(self, config: Any, margin: int) -> None:
+        super().__init__(config, margin)
+        self.bare = RollbackCache(config, margin)
+
+    def rollback(self, counts_R: torch.Tensor) -> None:
+        """Takes tokens back in both."""
+        super().rollback(counts_R)
+        self.bare.rollback(counts_R)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row in both."""
+        super().batch_repeat_interleave(repeats)
+        self.bare.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps rows in both."""
+        super().batch_select_indices(indices)
+        self.bare.batch_select_indices(indices)

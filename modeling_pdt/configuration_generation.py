@@ -5,11 +5,19 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .configuration_adapter import check_choice, check_integer, check_range
+from .policies import CadencePolicy, FlickerGuard, GateAnnealing, make_policy
 from .retention import RETENTION_MODES
 
 PLAN_SOURCES = ("trunk", "planner", None)
 RETRY_POLICIES = ("refresh", "stale")
+COMMIT_POLICIES = ("stream", "round")
 BUS_DTYPES = ("float32", "bfloat16", "float16")
+# Fields that are groups of options.
+POLICIES = {
+    "cadence": CadencePolicy,
+    "gate_annealing": GateAnnealing,
+    "flicker_guard": FlickerGuard,
+}
 INHERITED_FIELDS = frozenset(vars(GenerationConfig()))
 
 
@@ -22,6 +30,8 @@ class PDTGenerationConfig(GenerationConfig):
         plan (`str`, *optional*): `"trunk"` (the trunk writes an outline), `"planner"` (the planner head), or `None`
             (no plan, unless `plan_texts` are given).
         block_size (`int`, *optional*): Tokens per block.
+        commit_horizon (`int`, *optional*): Tokens of the longest block, which may be withdrawn.
+        cadence (`dict`, *optional*): Fields of [`CadencePolicy`]. `None`: blocks of `block_size`.
         bus_lag (`int`, *optional*): Rounds between writing and reading.
         bus_capacity (`int`, *optional*): Rounds kept readable.
         retention (`str`, *optional*, defaults to `"fifo"`): Which rounds these are: `"fifo"`, `"scored"`,
@@ -34,10 +44,17 @@ class PDTGenerationConfig(GenerationConfig):
         self_only_rounds (`int`, *optional*, defaults to 0): First rounds in which a stream reads its own notes only.
         max_retries (`int`, *optional*, defaults to 1): Times a block may be withdrawn and written again.
         retry_policy (`str`, *optional*, defaults to `"refresh"`): `"refresh"`: a rewriting reads the siblings' newest
-            notes, of its own round too; `"stale"`: it reads what the first writing read (a control). From the second
-            retry of a block on, either halves the sampling temperature at every attempt.
+            notes, of its own round too; `"stale"`: it reads what the first writing read (a control).
+        retry_temperature (`float`, *optional*, defaults to 0.5): Factor of the sampling temperature at every attempt,
+            from the second retry of a block on.
+        commit_policy (`str`, *optional*, defaults to `"stream"`): `"stream"`: every block is judged for itself.
+            `"round"`: blocks of one prompt that end together stand or fall together, by the lowest agreement.
         agreement_threshold (`float`, *optional*): A block whose agreement is below is withdrawn. `None`: gate off.
         gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate; 0 silences it.
+        gate_annealing (`dict`, *optional*): Fields of [`GateAnnealing`]. `None`: the gate scale stays.
+        flicker_guard (`dict`, *optional*): Fields of [`FlickerGuard`], for an annealed gate.
+        logit_blend (`float`, *optional*, defaults to 1.0): Share of the conditioned logits; the rest are those of the
+            bare trunk on the same tokens. Between 0 and 1 the upper half runs twice.
         coverage_threshold (`float`, *optional*, defaults to 0.5): An item at or above counts as covered.
         outline_max_new_tokens (`int`, *optional*, defaults to 192): Budget of the outline of `plan="trunk"`.
         kwargs: Fields of `GenerationConfig`.
@@ -54,10 +71,17 @@ class PDTGenerationConfig(GenerationConfig):
         self.topology = kwargs.pop("topology", None)
         self.self_notes = kwargs.pop("self_notes", False)
         self.self_only_rounds = kwargs.pop("self_only_rounds", 0)
+        self.commit_horizon = kwargs.pop("commit_horizon", None)
+        self.cadence = kwargs.pop("cadence", None)
         self.max_retries = kwargs.pop("max_retries", 1)
+        self.retry_temperature = kwargs.pop("retry_temperature", 0.5)
+        self.commit_policy = kwargs.pop("commit_policy", "stream")
         self.retry_policy = kwargs.pop("retry_policy", "refresh")
         self.agreement_threshold = kwargs.pop("agreement_threshold", None)
         self.gate_scale = kwargs.pop("gate_scale", 1.0)
+        self.gate_annealing = kwargs.pop("gate_annealing", None)
+        self.flicker_guard = kwargs.pop("flicker_guard", None)
+        self.logit_blend = kwargs.pop("logit_blend", 1.0)
         self.coverage_threshold = kwargs.pop("coverage_threshold", 0.5)
         self.outline_max_new_tokens = kwargs.pop("outline_max_new_tokens", 192)
         unknown = [key for key in kwargs if key not in INHERITED_FIELDS and not key.startswith("_")]
@@ -69,17 +93,22 @@ class PDTGenerationConfig(GenerationConfig):
     def check(self) -> None:
         """Raises `ValueError` for an impossible value, naming field, value and range."""
         owner = "PDTGenerationConfig"
-        for name in ("num_streams", "block_size", "bus_lag", "bus_capacity"):
+        for name in ("num_streams", "block_size", "commit_horizon", "bus_lag", "bus_capacity"):
             if getattr(self, name) is not None:
                 check_integer(owner, name, getattr(self, name), 1)
         check_integer(owner, "max_retries", self.max_retries, 0)
+        check_range(owner, "retry_temperature", self.retry_temperature, 0.01, 10)
+        check_choice(owner, "commit_policy", self.commit_policy, COMMIT_POLICIES)
         check_range(owner, "gate_scale", self.gate_scale, 0, 10)
+        check_range(owner, "logit_blend", self.logit_blend, 0, 1)
         check_range(owner, "coverage_threshold", self.coverage_threshold, 0, 1)
         check_integer(owner, "outline_max_new_tokens", self.outline_max_new_tokens, 1)
         if self.agreement_threshold is not None:
             check_range(owner, "agreement_threshold", self.agreement_threshold, 0, 1)
         check_choice(owner, "plan", self.plan, PLAN_SOURCES)
         self._check_bus(owner)
+        for name, kind in POLICIES.items():
+            make_policy(kind, f"{owner}.{name}", getattr(self, name))
         check_choice(owner, "retry_policy", self.retry_policy, RETRY_POLICIES)
 
     def _check_bus(self, owner: str) -> None:

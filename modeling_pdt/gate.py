@@ -4,6 +4,7 @@ Letters: M rows at a block boundary, L block tokens, W notes, P plan items, N no
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -79,9 +80,11 @@ def judge(
     may_retry_M: torch.Tensor,
     threshold: float,
     score: Callable[[], torch.Tensor],
+    commit_policy: str = "stream",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Withdraws, one per prompt and pass, the notes of blocks that disagree; the others are judged again without them.
+    With `commit_policy="round"` all of a prompt's blocks go in one pass when the lowest agreement fails.
 
     Args:
         bus (`NotesBus`): Holds the provisional notes of the rows' current round.
@@ -89,6 +92,7 @@ def judge(
         may_retry_M (`torch.BoolTensor` of shape `[M]`): Rows with a retry left.
         threshold (`float`): Least agreement that stands.
         score (`callable`): `score() -> agreement [M]` against the bus as it is.
+        commit_policy (`str`, *optional*, defaults to `"stream"`): `"stream"` or `"round"`.
 
     Returns:
         `(agreement, withdrawn)` of shape `[M]`: the agreement that decided about each row, and who was withdrawn.
@@ -96,6 +100,12 @@ def judge(
     agreement = score()
     withdrawn = torch.zeros_like(may_retry_M)
     prompt_M = rows_M // bus.num_streams
+    if commit_policy == "round":
+        fails = torch.zeros(int(prompt_M.max()) + 1, dtype=torch.bool, device=rows_M.device)
+        fails[prompt_M[(agreement < threshold) & may_retry_M]] = True
+        withdrawn = fails[prompt_M] & may_retry_M
+        bus.withdraw(rows_M[withdrawn], round_M[withdrawn])
+        return agreement, withdrawn
     while True:
         failing = (agreement < threshold) & may_retry_M & ~withdrawn
         chosen = lowest_failing(agreement, failing, prompt_M)
@@ -106,3 +116,33 @@ def judge(
         if bool(withdrawn.all()):
             return agreement, withdrawn
         agreement = torch.where(withdrawn, agreement, score())
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """
+    How a withdrawn block is written again.
+
+    Args:
+        max_retries (`int`): Withdrawals of one block.
+        retry_policy (`str`): `"refresh"` or `"stale"`, see [`PDTGenerationConfig`].
+        retry_temperature (`float`): Factor of the temperature per attempt from the second retry on.
+    """
+
+    max_retries: int
+    retry_policy: str
+    retry_temperature: float
+
+    def may_retry(self, attempt_M: torch.Tensor) -> torch.Tensor:
+        """Rows `[M]` whose block may be withdrawn at this attempt."""
+        return attempt_M < self.max_retries
+
+    def lag(self, lag_R: torch.Tensor, attempt_R: torch.Tensor) -> torch.Tensor:
+        """The lag `[R]` of the notes that rows read at their attempt."""
+        return torch.where(attempt_R > 0, 0, lag_R) if self.retry_policy == "refresh" else lag_R
+
+    def temper(self, logits_MV: torch.Tensor, attempt_M: torch.Tensor) -> torch.Tensor:
+        """The logits `[M, V]` at the temperature of the attempt."""
+        if self.max_retries < 2:
+            return logits_MV
+        return logits_MV * (1 / self.retry_temperature) ** (attempt_M - 1).clamp(min=0)[:, None]

@@ -53,14 +53,18 @@ class DecodingEvents:
         withdrawn_M: torch.Tensor,
         coverage: list[dict[int, float]],
         threshold: float | None,
+        details: list[dict[str, Any]],
     ) -> None:
-        """The decision about every block just completed; the streams still hold all of these blocks."""
+        """
+        The decision about every block just completed, with further fields per block; the streams still hold all of
+        these blocks.
+        """
         self.standing = []
         scores = [None] * len(rows_M) if agreement_M is None else agreement_M.tolist()
         state = (streams.block_start_R, streams.fed_R, streams.round_R, streams.attempt_R)
         places = torch.stack([rows_M, *(values[rows_M] for values in state)], dim=1).tolist()
-        decisions = zip(places, scores, withdrawn_M.tolist(), coverage, strict=True)
-        for (row, start, end, round_number, attempt), score, withdrawn, covered in decisions:
+        decisions = zip(places, scores, withdrawn_M.tolist(), coverage, details, strict=True)
+        for (row, start, end, round_number, attempt), score, withdrawn, covered, more in decisions:
             event = {
                 "prompt": row // self.num_streams,
                 "stream": row % self.num_streams,
@@ -73,6 +77,7 @@ class DecodingEvents:
                 "tokens": streams.tokens_RL[row, start:end].tolist(),
                 "call": self.trace.calls,
                 "time_s": self.elapsed(),
+                **more,
             }
             if withdrawn:
                 self.tell("on_rollback", self.trace.add("rollback", **event))

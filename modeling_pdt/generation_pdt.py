@@ -4,18 +4,20 @@ Letters: B prompts, S streams, R = B * S rows, M rows at a boundary, W notes of 
 """
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from .adapter_layer import restrict_to_streams
 from .bus import NotesBus, topology_matrix
-from .cache import RollbackCache
+from .cache import RollbackCache, TwinCache
+from .cadence import Cadence
 from .callbacks import CallbackList, ParallelDecodingCallback
-from .gate import agreement_of, coverage_of, judge, own_coverage
+from .gate import RetryPolicy, agreement_of, coverage_of, judge, own_coverage
+from .gate_scale import GateScale
 from .generation_events import DecodingEvents
-from .generation_inputs import Inputs, merge_generation_config, prepare_inputs
+from .generation_inputs import Inputs
 from .generation_settings import Settings
 from .interventions import WindowRequest
 from .memory import notes_memory
@@ -27,70 +29,6 @@ from .streaming import StreamerCallback, parallel_streamer
 from .streams import StreamBatch
 from .trace import DecodingTrace, describe_model
 from .trunk_split import TapState, rewind_tap
-
-
-def parallel_generate(
-    model: Any,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None = None,
-    tokenizer: Any = None,
-    plan_texts: list | None = None,
-    stream_prefixes: list | None = None,
-    seed_texts: list | None = None,
-    seed_notes: torch.Tensor | None = None,
-    streamer: Any = None,
-    generation_config: Any = None,
-    logits_processor: list | None = None,
-    stopping_criteria: list | None = None,
-    interventions: list | None = None,
-    callbacks: list[ParallelDecodingCallback] | None = None,
-    seed: int = 0,
-    return_dict_in_generate: bool | None = None,
-    **kwargs: Any,
-) -> ParallelGenerateOutput | torch.Tensor:
-    """
-    Writes `num_streams` sections of every prompt's answer at the same time.
-
-    Args:
-        model (`PDTForParallelDecoding`): Trunk and adapters.
-        input_ids, attention_mask (`torch.LongTensor` of shape `[B, T]`): Rendered prompts, padded on any side.
-        tokenizer (*optional*): Required when an argument below is text.
-        plan_texts (`list`, *optional*): Plan items `{"text": ..., "stream": ...}`, for all prompts or per prompt.
-        stream_prefixes (`list[str]`, *optional*): Headers, `[stream]` or `[prompt][stream]`.
-        seed_texts (`list[str]`, *optional*): Notes at the start, as text, `[stream]` or `[prompt][stream]`.
-        seed_notes (`torch.Tensor` of shape `[places, N]` or `[B, places, N]`, *optional*): The same as vectors.
-        streamer (`ParallelStreamer` or `BaseStreamer`, *optional*): Called at commit only.
-        generation_config (*optional*): Merged over the model's; keyword arguments override both.
-        logits_processor, stopping_criteria (`list`, *optional*): Called with each row's own history; a criterion that
-            fires ends the row after the token just chosen.
-        interventions (`list[Intervention]`, *optional*): Controlled changes to what the streams read.
-        callbacks (`list[ParallelDecodingCallback]`, *optional*): Told of every event as it happens.
-        seed (`int`, *optional*, defaults to 0): Sampling is a function of it and of what is written.
-        return_dict_in_generate (`bool`, *optional*): Return the full output in place of `sequences`.
-        kwargs: Fields of [`PDTGenerationConfig`]; `max_new_tokens` counts section tokens per stream.
-
-    Raises:
-        ValueError: For an impossible argument, naming it and the allowed range.
-    """
-    config = merge_generation_config(model, generation_config, kwargs)
-    inputs, settings = prepare_inputs(
-        model,
-        config,
-        input_ids,
-        attention_mask,
-        tokenizer,
-        plan_texts,
-        stream_prefixes,
-        seed_texts,
-        seed_notes,
-        logits_processor,
-        stopping_criteria,
-        interventions,
-        seed,
-    )
-    output = ParallelDecoder(model, inputs, settings, streamer, callbacks).run()
-    wants_dict = config.return_dict_in_generate if return_dict_in_generate is None else return_dict_in_generate
-    return output if wants_dict else output.sequences
 
 
 class ParallelDecoder:
@@ -115,11 +53,16 @@ class ParallelDecoder:
         self.model, self.stack, self.inputs, self.settings = model, model.stack, inputs, settings
         device = self.stack.base_layer.embed_tokens.weight.device
         self.eos_ids = torch.tensor(settings.eos_ids, dtype=torch.long, device=device)
+        prompt_key_B = torch.tensor(prompt_keys(inputs.prompts), device=device)
+        prompt_key_R = prompt_key_B.repeat_interleave(settings.num_streams)
+        stream_R = torch.arange(settings.num_streams, device=device).repeat(len(inputs.prompts))
+        self.key_R = fold_keys(torch.full_like(prompt_key_R, settings.seed), prompt_key_R, stream_R)
+        self.cadence = Cadence(settings.cadence, settings.block_size, settings.commit_horizon, stream_R, self.key_R)
         self.streams = StreamBatch(
             inputs.prompts,
             inputs.headers,
             settings.max_new_tokens,
-            settings.block_size,
+            self.cadence.longest,
             model.config.trunk_hidden_size,
             device,
         )
@@ -138,19 +81,30 @@ class ParallelDecoder:
             settings.retention,
         )
         self.head = model.get_output_embeddings()
-        prompt_key_R = torch.tensor(prompt_keys(inputs.prompts), device=device)[self.streams.prompt_R]
-        seed_R = torch.full_like(prompt_key_R, settings.seed)
-        self.key_R = fold_keys(seed_R, prompt_key_R, self.streams.stream_R)
+        self.retries = RetryPolicy(settings.max_retries, settings.retry_policy, settings.retry_temperature)
+        self.gate_scale = GateScale(
+            settings.gate_scale,
+            len(inputs.headers),
+            device,
+            settings.gate_annealing,
+            settings.flicker_guard,
+            settings.agreement_threshold,
+        )
         self.adapter_stream_R = self.streams.stream_R % model.config.num_streams
         # A row without header starts, and starts again, at its last prompt token, which is not conditioned.
         self.headless_R = torch.tensor([not header for header in inputs.headers], device=device)
         self.restarting = True
         self.note_states: NoteStates | None = None
-        self.trace = DecodingTrace(settings={**vars(settings), "plan": inputs.plan_source})
+        self.trace = DecodingTrace(settings={**asdict(settings), "plan": inputs.plan_source})
         self.trace.settings["interventions"] = [intervention.name for intervention in inputs.interventions]
         self.trace.model = describe_model(model)
         weight = self.stack.snc[0].k_proj.weight.element_size()
-        self.trace.settings["notes_memory"] = notes_memory(model.config, settings, self.bus.plan_BPN.shape[1], weight)
+        self.trace.settings["notes_memory"] = notes_memory(
+            model.config, settings, min(self.cadence.intervals), self.bus.plan_BPN.shape[1], weight
+        )
+        self.trace.settings["block_tokens"] = self.cadence.intervals
+        adapters = model.config.num_streams
+        self.trace.settings["stream_adapters"] = [stream % adapters for stream in range(settings.num_streams)]
         streamer = parallel_streamer(streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0])
         self.events = DecodingEvents(self, CallbackList([*(callbacks or ()), StreamerCallback(streamer)]))
 
@@ -175,8 +129,9 @@ class ParallelDecoder:
         streams, settings = self.streams, self.settings
         lengths = [len(section.header) for section in streams.sections]
         raggedness = max(lengths) - min(lengths)
-        margin = max(self.model.config.commit_horizon + 1, settings.block_size + 1, raggedness)
-        streams.cache = RollbackCache(self.model.trunk.config, margin)
+        margin = max(settings.commit_horizon + 1, raggedness)
+        kind = TwinCache if 0 < settings.logit_blend < 1 else RollbackCache
+        streams.cache = kind(self.model.trunk.config, margin)
         prefill_prompts(self.stack, streams, settings.pad_id)
         return self._feed_headers()
 
@@ -207,7 +162,8 @@ class ParallelDecoder:
         self.trace.calls += 1
         self.restarting = False
         # The one transfer per token: which rows stand at a boundary.
-        at_boundary = streams.at_boundary(self.eos_ids).tolist()
+        complete_R = self.cadence.complete(streams.written_R, streams.fed_R, streams.attempt_R)
+        at_boundary = streams.at_boundary(self.eos_ids, complete_R).tolist()
         if any(at_boundary):
             tap = self._exchange(tap, streams.rows_R[[row for row, flag in enumerate(at_boundary) if flag]])
             if not streams.live_rows:
@@ -247,10 +203,17 @@ class ParallelDecoder:
 
     def _upper(self, tap: TapState, stream_ids: torch.Tensor) -> torch.Tensor:
         """The upper half; tokens without a stream read no notes."""
+        blend = self.settings.logit_blend
+        if blend == 0:
+            return self.stack.upper(tap)
         states = self.note_states
         if self.restarting:
             states = replace(states, mask=restrict_to_streams(states.mask, stream_ids), biases=())
-        return self.stack.upper(tap, states, stream_ids)
+        hidden = self.stack.upper(tap, states, stream_ids)
+        if blend == 1:
+            return hidden
+        # The head is affine: blended states have blended logits.
+        return torch.lerp(self.stack.upper(replace(tap, cache=self.streams.cache.bare)), hidden, blend)
 
     def _lower(self) -> TapState:
         streams = self.streams
@@ -278,10 +241,9 @@ class ParallelDecoder:
         """Projects what every row of the batch may read now; once per exchange of notes."""
         streams, settings = self.streams, self.settings
         rows_A, lag_R = streams.batch_A, torch.full_like(streams.round_R, settings.bus_lag)
-        if settings.retry_policy == "refresh":
-            lag_R = torch.where(streams.attempt_R > 0, 0, lag_R)
+        lag_R = self.retries.lag(lag_R, streams.attempt_R)
         notes, mask = self._request(rows_A, streams.round_R[rows_A], lag_R[rows_A])
-        scale = settings.gate_scale
+        scale = self.gate_scale.of(rows_A)
         for intervention in self.inputs.interventions:
             scale = intervention.gate_scale(scale)
         states = self.stack.project_notes(notes, mask, scale)
@@ -291,7 +253,10 @@ class ParallelDecoder:
         """Writes notes, judges and commits; returns the rows whose block is withdrawn."""
         streams, heads = self.streams, self.stack.heads
         states, previous, mask = streams.block_states(rows_M)
-        notes = heads.write(states, mask, self.settings.block_size)
+        span = self.settings.block_size
+        if self.cadence.longest > span:
+            span = mask.sum(dim=1).clamp(min=span)
+        notes = heads.write(states, mask, span)
         round_M = streams.round_R[rows_M]
         self.bus.publish(rows_M, round_M, notes)
         self.events.tell("on_note", rows_M, round_M, notes)
@@ -311,13 +276,20 @@ class ParallelDecoder:
                 return agreement
 
             threshold = self.settings.agreement_threshold
-            may_retry = streams.attempt_R[rows_M] < self.settings.max_retries
+            may_retry = self.retries.may_retry(streams.attempt_R[rows_M])
             if threshold is None:
                 agreement_M = score()
             else:
-                agreement_M, withdrawn_M = judge(self.bus, rows_M, round_M, may_retry, threshold, score)
+                agreement_M, withdrawn_M = judge(
+                    self.bus, rows_M, round_M, may_retry, threshold, score, self.settings.commit_policy
+                )
         coverage = own_coverage(rows_M, coverage_MP, self.inputs.entries, self.settings.num_streams)
-        self.events.judged(streams, rows_M, agreement_M, withdrawn_M, coverage, self.settings.agreement_threshold)
+        self.cadence.judged(rows_M, agreement_M)
+        self.gate_scale.judged(rows_M, agreement_M, withdrawn_M)
+        records = zip(self.cadence.record(rows_M), self.gate_scale.record(rows_M), strict=True)
+        details = [{**cadence, **gate} for cadence, gate in records]
+        threshold = self.settings.agreement_threshold
+        self.events.judged(streams, rows_M, agreement_M, withdrawn_M, coverage, threshold, details)
         standing = [values for values, gone in zip(coverage, withdrawn_M.tolist(), strict=True) if not gone]
         self._commit(rows_M[~withdrawn_M], standing)
         return rows_M[withdrawn_M]
@@ -345,9 +317,8 @@ class ParallelDecoder:
     def _choose(self, rows_M: torch.Tensor, logits_MV: torch.Tensor) -> None:
         """The next token of each row, from its own history and its own randomness."""
         streams, settings = self.streams, self.settings
-        attempt_M, logits_MV = streams.attempt_R[rows_M], logits_MV.float()
-        if settings.max_retries > 1:
-            logits_MV = logits_MV * 2.0 ** (attempt_M - 1).clamp(min=0)[:, None]
+        attempt_M = streams.attempt_R[rows_M]
+        logits_MV = self.retries.temper(logits_MV.float(), attempt_M)
         histories, processors = [], self.inputs.processors[: len(rows_M)]
         if self.needs_history:
             histories = streams.histories(rows_M)

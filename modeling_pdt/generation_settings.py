@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from .configuration_generation import PDTGenerationConfig
+from .configuration_generation import POLICIES, PDTGenerationConfig
+from .policies import CadencePolicy, FlickerGuard, GateAnnealing, make_policy
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ class Settings:
 
     num_streams: int
     block_size: int
+    commit_horizon: int
+    cadence: CadencePolicy
     bus_lag: int
     bus_capacity: int
     retention: str
@@ -28,8 +31,13 @@ class Settings:
     self_only_rounds: int
     max_retries: int
     retry_policy: str
+    retry_temperature: float
+    commit_policy: str
     agreement_threshold: float | None
     gate_scale: float
+    gate_annealing: GateAnnealing | None
+    flicker_guard: FlickerGuard | None
+    logit_blend: float
     coverage_threshold: float
     max_new_tokens: int
     do_sample: bool
@@ -57,9 +65,9 @@ def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, 
     if threshold is not None and "agreement" not in model.config.trained_parts:
         logger.warning("agreement_threshold=%s is ignored: the agreement head is not trained.", threshold)
         threshold = None
-    if value("block_size") > model.config.commit_horizon:
+    if value("block_size") > value("commit_horizon"):
         raise ValueError(
-            f"block_size must be in [1, commit_horizon={model.config.commit_horizon}], got {value('block_size')}."
+            f"block_size must be in [1, commit_horizon={value('commit_horizon')}], got {value('block_size')}."
         )
     capacity, least = value("bus_capacity"), SMALLEST_CAPACITY[config.retention]
     if capacity < least:
@@ -68,6 +76,7 @@ def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, 
     return Settings(
         num_streams=num_streams,
         block_size=value("block_size"),
+        commit_horizon=value("commit_horizon"),
         bus_lag=value("bus_lag"),
         bus_capacity=capacity,
         retention=config.retention,
@@ -77,12 +86,39 @@ def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, 
         self_only_rounds=config.self_only_rounds,
         max_retries=config.max_retries,
         retry_policy=config.retry_policy,
+        retry_temperature=config.retry_temperature,
+        commit_policy=config.commit_policy,
         agreement_threshold=threshold,
         gate_scale=config.gate_scale,
+        logit_blend=config.logit_blend,
         coverage_threshold=config.coverage_threshold,
         max_new_tokens=config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
         do_sample=bool(config.do_sample),
         seed=seed,
         eos_ids=eos_ids,
         pad_id=int(pad),
+        **resolve_policies(model, config, threshold),
     )
+
+
+def resolve_policies(model: Any, config: PDTGenerationConfig, threshold: float | None) -> dict[str, Any]:
+    """
+    The groups of options.
+
+    Raises:
+        ValueError: For one that follows the agreement, or its gate, where there is none.
+    """
+    policies = {name: make_policy(kind, name, getattr(config, name)) for name, kind in POLICIES.items()}
+    policies["cadence"] = policies["cadence"] or CadencePolicy()
+    if policies["cadence"].mode == "adaptive" and "agreement" not in model.config.trained_parts:
+        raise ValueError("cadence.mode='adaptive' follows the agreement head, which is not trained.")
+    annealing = policies["gate_annealing"]
+    if annealing is not None and threshold is None:
+        raise ValueError("gate_annealing follows the commit gate: it needs a trained head and agreement_threshold.")
+    if annealing is not None and annealing.min_value > config.gate_scale:
+        raise ValueError(
+            f"gate_annealing.min_value must be in [0, gate_scale={config.gate_scale}], got {annealing.min_value}."
+        )
+    if policies["flicker_guard"] is not None and annealing is None:
+        raise ValueError("flicker_guard watches an annealed gate: it needs gate_annealing.")
+    return policies

@@ -9,9 +9,11 @@ from .retention import retained_places
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def notes_memory(config: Any, settings: Settings, plan_places: int = 0, bytes_per_weight: int = 4) -> dict[str, int]:
+def notes_memory(
+    config: Any, settings: Settings, interval: int, plan_places: int = 0, bytes_per_weight: int = 4
+) -> dict[str, int]:
     """
-    Bytes that one stream needs for notes when it writes `max_new_tokens` without a short block.
+    Bytes that one stream needs for notes when it writes `max_new_tokens` in blocks of `interval`.
 
     - `"bus"`: its published notes, `rounds * K * N` numbers of `bus_dtype`; rounds are stored 8 at a time.
     - `"window"`: keys and values of what it reads, `sites * 2 * (W + 1) * D` numbers of the adapter's dtype, and one
@@ -21,10 +23,11 @@ def notes_memory(config: Any, settings: Settings, plan_places: int = 0, bytes_pe
     Args:
         config (`PDTConfig`): Of the model.
         settings (`Settings`): Of the call.
+        interval (`int`): Tokens per block of the stream that writes the most blocks.
         plan_places (`int`, *optional*, defaults to 0): Places of snapshot 0.
         bytes_per_weight (`int`, *optional*, defaults to 4): Of the adapter's parameters.
     """
-    rounds = -(-settings.max_new_tokens // settings.block_size)
+    rounds = -(-settings.max_new_tokens // interval)
     stored = -(-rounds // NotesBus.GROWTH) * NotesBus.GROWTH
     # The last round is published, but nobody writes after it.
     recent, scored, merged = retained_places(settings.retention, settings.bus_capacity)

@@ -18,7 +18,7 @@ from .conditioning_check import ConditioningCheck, check_conditioning
 from .configuration_adapter import PDTAdapterConfig
 from .configuration_generation import PDTGenerationConfig
 from .configuration_pdt import PDTConfig
-from .generation_pdt import parallel_generate
+from .generate import parallel_generate
 from .hub_layout import portable_trunk_name
 from .note_states import NoteStates
 from .outputs import ParallelGenerateOutput, PDTOutput

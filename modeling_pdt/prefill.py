@@ -3,10 +3,12 @@
 Letters: B prompts, R rows, T tokens.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from .cache import TwinCache
 from .streams import StreamBatch
 
 
@@ -30,6 +32,8 @@ def prefill_prompts(stack: Any, streams: StreamBatch, pad_id: int) -> None:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         tap = stack.lower(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=streams.cache)
         stack.upper(tap)
+        if isinstance(streams.cache, TwinCache):
+            stack.upper(replace(tap, cache=streams.cache.bare))
         streams.cache.batch_repeat_interleave(streams.num_streams)
         streams.mask = mask.repeat_interleave(streams.num_streams, dim=0)
     streams.position_R = torch.tensor(lengths, device=streams.device)[streams.prompt_R]

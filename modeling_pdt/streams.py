@@ -45,7 +45,7 @@ class StreamBatch:
     Args:
         prompts (`list[list[int]]`): Tokens of every prompt.
         headers (`list[list[int]]`): Tokens of every row's header, rows of one prompt adjacent.
-        max_new_tokens (`int`), block_size (`int`): Limits.
+        max_new_tokens (`int`), block_size (`int`): Limits; the longest block where blocks differ.
         width (`int`): D.
         device (`torch.device`): Of all tensors.
     """
@@ -104,11 +104,20 @@ class StreamBatch:
         self.fed_R = self.fed_R + self.live_R
         self.position_R = self.position_R + self.live_R
 
-    def at_boundary(self, eos_ids: torch.Tensor) -> torch.Tensor:
-        """Rows `[R]` whose block is complete with the token just consumed: full, ended by EOS, or out of budget."""
-        written = self.fed_R - self.block_start_R
+    @property
+    def written_R(self) -> torch.Tensor:
+        """Tokens `[R]` of the block that each row is writing."""
+        return self.fed_R - self.block_start_R
+
+    def at_boundary(self, eos_ids: torch.Tensor, complete_R: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Rows `[R]` whose block is complete with the token just consumed: full, ended by EOS, out of budget, or
+        `complete_R`.
+        """
+        written = self.written_R
         ended = torch.isin(self.next_R, eos_ids) | (self.fed_R >= self.max_new_tokens) | self.stop_R
-        return self.live_R & ((written >= self.block_size) | (ended & (written > 0)))
+        full = written >= self.block_size if complete_R is None else complete_R
+        return self.live_R & (full | (ended & (written > 0)))
 
     def drop_finished(self) -> torch.Tensor | None:
         """
