@@ -11,7 +11,6 @@ from trainer_pdt.schema_check import check_schema
 from trainer_pdt.telemetry import command_line, git_state, package_versions, read_json, write_json
 
 SCHEMA_FILE = Path(__file__).with_name("decode_manifest.schema.json")
-PLAN_FIELDS = ("plan_vocab_size", "plan_hash_salt")
 # Scores are sums that another kind of device rounds otherwise.
 TOLERANCE = 1e-5
 
@@ -97,21 +96,3 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, float) and isinstance(second, float):
         return math.isclose(first, second, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     return first == second and type(first) is type(second)
-
-
-def check_comparable(manifests: Mapping[str, Mapping[str, Any]]) -> None:
-    """
-    Runs may be compared when their plan items fall into the same buckets.
-
-    Args:
-        manifests (`dict[str, dict]`): Manifests by name.
-
-    Raises:
-        ValueError: Naming the two runs and the field in which they differ.
-    """
-    names = list(manifests)
-    for name in names[1:]:
-        for field in PLAN_FIELDS:
-            first, other = (manifests[run]["trace"]["model"][field] for run in (names[0], name))
-            if first != other:
-                raise ValueError(f"{name} cannot be compared with {names[0]}: {field} is {other!r}, not {first!r}.")
