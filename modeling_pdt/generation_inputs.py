@@ -190,7 +190,7 @@ def prepare_inputs(
     inputs.config, inputs.custom_processors = config, bool(logits_processor)
     if tokenizer is not None:
         inputs.separator = tokenize("separator", tokenizer, [SECTION_SEPARATOR])[0]
-    inputs.interventions = check_interventions(interventions, len(prompts))
+    inputs.interventions = check_interventions(interventions, len(prompts), num_streams)
     parts = []
     if any(entries):
         parts.append(encode_plan(model, tokenizer, entries, device))

@@ -19,6 +19,7 @@ from .gate_scale import GateScale
 from .generation_events import DecodingEvents
 from .generation_inputs import Inputs
 from .generation_settings import Settings
+from .intervention_chain import InterventionChain
 from .interventions import WindowRequest
 from .memory import notes_memory
 from .note_states import NoteStates
@@ -95,18 +96,24 @@ class ParallelDecoder:
         self.headless_R = torch.tensor([not header for header in inputs.headers], device=device)
         self.restarting = True
         self.note_states: NoteStates | None = None
-        self.trace = DecodingTrace(settings={**asdict(settings), "plan": inputs.plan_source})
-        self.trace.settings["interventions"] = [intervention.name for intervention in inputs.interventions]
-        self.trace.model = describe_model(model)
-        weight = self.stack.snc[0].k_proj.weight.element_size()
-        self.trace.settings["notes_memory"] = notes_memory(
-            model.config, settings, min(self.cadence.intervals), self.bus.plan_BPN.shape[1], weight
-        )
-        self.trace.settings["block_tokens"] = self.cadence.intervals
-        adapters = model.config.num_streams
-        self.trace.settings["stream_adapters"] = [stream % adapters for stream in range(settings.num_streams)]
+        self.interventions = InterventionChain(inputs.interventions, settings.num_streams, len(inputs.prompts))
+        self.trace = self._new_trace()
         streamer = parallel_streamer(streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0])
         self.events = DecodingEvents(self, CallbackList([*(callbacks or ()), StreamerCallback(streamer)]))
+
+    def _new_trace(self) -> DecodingTrace:
+        """A trace of the choices of the call and of the model."""
+        settings, config, interventions = self.settings, self.model.config, self.inputs.interventions
+        trace = DecodingTrace(settings={**asdict(settings), "plan": self.inputs.plan_source})
+        trace.settings["interventions"] = [intervention.name for intervention in interventions]
+        trace.settings["intervention_options"] = self.interventions.describe()
+        trace.settings["block_tokens"] = self.cadence.intervals
+        streams = range(settings.num_streams)
+        trace.settings["stream_adapters"] = [stream % config.num_streams for stream in streams]
+        interval, weight = min(self.cadence.intervals), self.stack.snc[0].k_proj.weight.element_size()
+        memory = notes_memory(config, settings, interval, self.bus.plan_BPN.shape[1], weight)
+        trace.model = {**describe_model(self.model), "notes_memory": memory}
+        return trace
 
     def run(self) -> ParallelGenerateOutput:
         """Prefill, then one token for every live row per trunk call, until no row is live."""
@@ -228,14 +235,11 @@ class ParallelDecoder:
         """The window of some rows after the call's interventions."""
         own_notes = read_round < self.settings.self_only_rounds if self.settings.self_only_rounds else False
         request = WindowRequest(rows, rows, read_round, lag, own_notes)
-        for intervention in self.inputs.interventions:
-            request = intervention.request(request, self.settings.num_streams, self.streams.num_prompts)
+        request = self.interventions.request(request)
         notes, mask = self.bus.window(
             request.rows, request.read_round, request.lag, request.sources, request.own_notes
         )
-        for intervention in self.inputs.interventions:
-            notes, mask = intervention.window(notes, mask, self.bus.plan_BPN.shape[1])
-        return notes, mask
+        return self.interventions.window(rows, notes, mask, self.bus.plan_BPN.shape[1])
 
     def _refresh_window(self) -> None:
         """Projects what every row of the batch may read now; once per exchange of notes."""
@@ -244,8 +248,7 @@ class ParallelDecoder:
         lag_R = self.retries.lag(lag_R, streams.attempt_R)
         notes, mask = self._request(rows_A, streams.round_R[rows_A], lag_R[rows_A])
         scale = self.gate_scale.of(rows_A)
-        for intervention in self.inputs.interventions:
-            scale = intervention.gate_scale(scale)
+        scale = self.interventions.gate_scale(rows_A, scale)
         states = self.stack.project_notes(notes, mask, scale)
         self.note_states = replace(states, biases=tuple(site.bias(states.mask) for site in self.stack.snc))
 
@@ -271,9 +274,7 @@ class ParallelDecoder:
                 agreement = agreement_of(
                     heads, states, previous, mask, window, window_mask, notes, coverage_MP, items_mask
                 )
-                for intervention in self.inputs.interventions:
-                    agreement = intervention.agreement(agreement, rows_M, round_M, streams.attempt_R[rows_M])
-                return agreement
+                return self.interventions.agreement(agreement, rows_M, round_M, streams.attempt_R[rows_M])
 
             threshold = self.settings.agreement_threshold
             may_retry = self.retries.may_retry(streams.attempt_R[rows_M])

@@ -45,6 +45,12 @@ class Settings:
     eos_ids: tuple[int, ...]
     pad_id: int
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Settings":
+        """Settings from what `dataclasses.asdict` made of them, JSON's lists included."""
+        policies = {name: make_policy(kind, name, values[name]) for name, kind in POLICIES.items()}
+        return cls(**{**values, **policies, "eos_ids": tuple(values["eos_ids"])})
+
 
 def end_and_pad(config: PDTGenerationConfig) -> tuple[tuple[int, ...], int]:
     """Tokens that end a row, and the one that fills it up: the first of these, or 0, where none is named."""

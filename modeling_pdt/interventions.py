@@ -5,7 +5,10 @@ agreement that decides about a block.
 Letters: M rows of a request, W notes of a window, N note width, P plan places (the first columns of a window).
 """
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,10 +34,35 @@ class WindowRequest:
     own_notes: bool | torch.Tensor = False
 
 
+def stream_numbers(word: str) -> list[int]:
+    """Numbers from a word such as `"1,0"`."""
+    return [int(part) for part in word.split(",")]
+
+
 class Intervention:
-    """Base class; by default changes nothing."""
+    """
+    Base class; by default changes nothing.
+
+    `streams` holds the streams whose reading is changed, `None` for all; `argument` makes the first parameter of the
+    class from a word on the command line, `None` where there is none.
+    """
 
     name = "none"
+    streams: tuple[int, ...] | None = None
+    argument: Callable[[str], Any] | None = None
+
+    def on(self, *streams: int) -> "Intervention":
+        """The same intervention for some of the streams: `Ablate().on(0, 2)`."""
+        if not streams or not all(type(stream) is int and stream >= 0 for stream in streams):
+            raise ValueError(f"{type(self).__name__}.on needs one stream >= 0 or more, got {streams}.")
+        limited = copy.copy(self)
+        limited.streams = tuple(streams)
+        return limited
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, arguments and streams; [`intervention_from_dict`] reads it."""
+        arguments = {name: value for name, value in vars(self).items() if name != "streams"}
+        return {"name": self.name, "arguments": arguments, "streams": self.streams}
 
     def check(self, num_prompts: int) -> None:
         """Raises `ValueError` when the intervention cannot do anything in a call with so many prompts."""
@@ -47,8 +75,8 @@ class Intervention:
         """Edits notes `[M, W, N]` and mask `[M, W]`; the first `plan_places` columns are the plan."""
         return notes, mask
 
-    def gate_scale(self, scale: float) -> float:
-        """Edits the gate's scale."""
+    def gate_scale(self, scale: float | torch.Tensor) -> float | torch.Tensor:
+        """Edits the gate's scale: one number for all rows, or `[M]`."""
         return scale
 
     def agreement(
@@ -90,7 +118,7 @@ class GateZero(Intervention):
 
     name = "gate_zero"
 
-    def gate_scale(self, scale: float) -> float:
+    def gate_scale(self, scale: float | torch.Tensor) -> float | torch.Tensor:
         """Zero."""
         return 0.0
 
@@ -99,6 +127,7 @@ class Swap(Intervention):
     """Every prompt reads the notes of another prompt of the batch: the next one, or the one given."""
 
     name = "swap"
+    argument = staticmethod(stream_numbers)
 
     def __init__(self, donors: list[int] | None = None) -> None:
         self.donors = donors
@@ -123,6 +152,7 @@ class Stale(Intervention):
     """Notes arrive `rounds` rounds later than the lag."""
 
     name = "stale"
+    argument = int
 
     def __init__(self, rounds: int = 1) -> None:
         if rounds < 1:
@@ -143,6 +173,7 @@ class NormScramble(Intervention):
     """
 
     name = "norm_scramble"
+    argument = int
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -154,6 +185,60 @@ class NormScramble(Intervention):
         sign = torch.randint(0, 2, (notes.shape[-1],), generator=generator).to(notes) * 2 - 1
         scrambled = notes[..., order] * sign
         return torch.cat([notes[:, :plan_places], scrambled[:, plan_places:]], dim=1), mask
+
+
+class Freeze(Intervention):
+    """From round `round` on, the window stays as it was when the row wrote that round."""
+
+    name = "freeze"
+    argument = int
+
+    def __init__(self, round: int = 1) -> None:
+        if round < 0:
+            raise ValueError(f"Freeze.round must be >= 0, got {round}.")
+        self.round = round
+
+    def request(self, request: WindowRequest, num_streams: int, num_prompts: int) -> WindowRequest:
+        """Reads as in the round where it froze."""
+        return replace(request, read_round=request.read_round.clamp(max=self.round))
+
+
+class Shuffle(Intervention):
+    """
+    Notes of a window exchange their channels, every channel by a permutation of its own: what the notes hold together
+    stays, which values belong to one note is lost. (SNC does not see an order of whole notes.)
+
+    Args:
+        seed (`int`, *optional*, defaults to 0): Of the permutations.
+    """
+
+    name = "shuffle"
+    argument = int
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def window(self, notes: torch.Tensor, mask: torch.Tensor, plan_places: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shuffles the visible notes; the plan stays."""
+        seen = mask.clone()
+        seen[:, :plan_places] = False
+        generator = torch.Generator().manual_seed(self.seed)
+        keys = torch.rand(notes.shape[1:], generator=generator).to(notes.device)
+        # The visible places first: in order of their keys, and in their own order.
+        drawn = (keys + (~seen)[..., None] * 2.0).argsort(dim=1)
+        places = (~seen).long().argsort(dim=1, stable=True)[..., None].expand_as(drawn)
+        shuffled = torch.empty_like(notes).scatter(1, places, notes.gather(1, drawn))
+        return torch.where(seen[..., None], shuffled, notes), mask
+
+
+class Tag(Intervention):
+    """Changes nothing; its label is in the trace, to tell runs apart."""
+
+    name = "tag"
+    argument = str
+
+    def __init__(self, label: str = "") -> None:
+        self.label = label
 
 
 class SelfOnly(Intervention):
@@ -170,6 +255,7 @@ class RandomGate(Intervention):
     """A share `rate` of blocks is withdrawn whatever it says: what rewriting alone is worth."""
 
     name = "random_gate"
+    argument = float
 
     def __init__(self, rate: float = 0.05, seed: int = 0) -> None:
         if not 0 <= rate <= 1:
@@ -185,24 +271,49 @@ class RandomGate(Intervention):
 
 
 INTERVENTIONS = {
-    kind.name: kind for kind in (Ablate, ZeroNotes, GateZero, Swap, Stale, NormScramble, SelfOnly, RandomGate)
+    kind.name: kind
+    for kind in (
+        *(Ablate, ZeroNotes, GateZero, Swap, Stale, Freeze),
+        *(Shuffle, NormScramble, SelfOnly, RandomGate, Tag),
+    )
 }
 
 
-def make_interventions(names: list[str]) -> list[Intervention]:
+def intervention_from_dict(values: dict[str, Any]) -> Intervention:
+    """The intervention that [`Intervention.to_dict`] described."""
+    made = INTERVENTIONS[values["name"]](**values["arguments"])
+    return made if values["streams"] is None else made.on(*values["streams"])
+
+
+def make_intervention(word: str) -> Intervention:
     """
-    Interventions by name, with their defaults.
+    An intervention from `name[:argument][@streams]`: `"stale:2"`, `"ablate@0,2"`, `"freeze:1@1"`.
 
     Raises:
-        ValueError: For an unknown name.
+        ValueError: For an unknown name, or an argument or streams that do not fit.
     """
-    unknown = sorted(set(names) - set(INTERVENTIONS))
-    if unknown:
-        raise ValueError(f"interventions must be of {sorted(INTERVENTIONS)}, got {unknown}.")
-    return [INTERVENTIONS[name]() for name in names]
+    rest, at, streams = word.partition("@")
+    name, colon, value = rest.partition(":")
+    if name not in INTERVENTIONS:
+        raise ValueError(f"interventions must be of {sorted(INTERVENTIONS)}, got {[name]}.")
+    kind = INTERVENTIONS[name]
+    if colon and kind.argument is None:
+        raise ValueError(f"intervention {word!r}: {name} takes no argument.")
+    try:
+        made = kind(kind.argument(value)) if colon else kind()
+        return made.on(*stream_numbers(streams)) if at else made
+    except ValueError as error:
+        raise ValueError(f"intervention {word!r} must be name[:argument][@streams]: {error}") from error
 
 
-def check_interventions(interventions: list | None, num_prompts: int) -> tuple[Intervention, ...]:
+def make_interventions(words: list[str]) -> list[Intervention]:
+    """Interventions from words; see [`make_intervention`]."""
+    return [make_intervention(word) for word in words]
+
+
+def check_interventions(
+    interventions: list | None, num_prompts: int, num_streams: int | None = None
+) -> tuple[Intervention, ...]:
     """
     The interventions of a call.
 
@@ -213,4 +324,8 @@ def check_interventions(interventions: list | None, num_prompts: int) -> tuple[I
         if not callable(getattr(intervention, "gate_scale", None)) or isinstance(intervention, type):
             raise ValueError(f"interventions must hold Intervention objects, got {intervention!r}.")
         intervention.check(num_prompts)
+        if num_streams is not None and max(intervention.streams or (0,)) >= num_streams:
+            raise ValueError(
+                f"{type(intervention).__name__}.streams must be in [0, {num_streams - 1}], got {intervention.streams}."
+            )
     return tuple(interventions or ())

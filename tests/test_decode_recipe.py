@@ -169,7 +169,7 @@ def test_the_view_has_a_column_per_stream_and_strikes_what_is_withdrawn(tokenize
 def test_the_documents_code_runs(model, tokenizer, monkeypatch):
     text = (PATH.parents[1] / "docs/decoding.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 7
     monkeypatch.setattr(PDTForParallelDecoding, "from_pretrained", lambda *args: model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args: tokenizer)
     exec("\n".join(blocks), {})

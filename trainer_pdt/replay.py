@@ -25,7 +25,7 @@ from modeling_pdt.callbacks import ParallelDecodingCallback, TokenRecorder
 from modeling_pdt.generation_inputs import Inputs
 from modeling_pdt.generation_pdt import ParallelDecoder
 from modeling_pdt.generation_settings import Settings
-from modeling_pdt.interventions import INTERVENTIONS
+from modeling_pdt.interventions import INTERVENTIONS, intervention_from_dict
 from modeling_pdt.plan import PlanEntry
 from modeling_pdt.sampling import row_processors
 from trainer_pdt.telemetry import read_json, write_json
@@ -138,7 +138,7 @@ class ReplayRecorder(ParallelDecodingCallback):
             "vocab_size": getattr(self, "vocab_size", None),
             "config": {name: getattr(config, name) for name in MODEL_FIELDS},
             "adapter": {name: getattr(config, name) for name in ADAPTER_FIELDS},
-            "settings": vars(decoder.settings),
+            "settings": dataclasses.asdict(decoder.settings),
             "generation_config": decoder.inputs.config.to_dict(),
             "inputs": self.record,
             "trace": decoder.trace.to_manifest(),
@@ -161,7 +161,7 @@ def _intervention_record(intervention: Any) -> dict[str, Any]:
     name = intervention.name
     if type(intervention) is not INTERVENTIONS.get(name):
         raise ValueError(f"a replay stores interventions of {sorted(INTERVENTIONS)}, got {intervention!r}.")
-    return {"name": name, "arguments": _stored(name, vars(intervention))}
+    return _stored(name, intervention.to_dict())
 
 
 class TapeReader:
@@ -263,8 +263,8 @@ def read_call(
     folder: Path, record: dict[str, Any], model: PDTForParallelDecoding
 ) -> tuple[Inputs, Settings, PDTGenerationConfig]:
     """Inputs and settings of the stored call, as the decoder takes them."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record["settings"].items()}
-    settings, config = Settings(**values), PDTGenerationConfig.from_dict(record["generation_config"])
+    settings = Settings.from_dict(record["settings"])
+    config = PDTGenerationConfig.from_dict(record["generation_config"])
     with safe_open(folder / START_FILE, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     stored = {name: value for name, value in record["inputs"].items() if name not in OBJECTS}
@@ -275,9 +275,7 @@ def read_call(
         **tensors,
         entries=[[PlanEntry(**entry) for entry in entries] for entries in record["inputs"]["entries"]],
         processors=processors,
-        interventions=tuple(
-            INTERVENTIONS[one["name"]](**one["arguments"]) for one in record["inputs"]["interventions"]
-        ),
+        interventions=tuple(map(intervention_from_dict, record["inputs"]["interventions"])),
     )
     return inputs, settings, config
 

@@ -161,7 +161,7 @@ def test_notes_are_stored_in_the_dtype_asked_for(model):
 def test_the_memory_estimate_is_what_a_call_holds(model, choices):
     decoder = decoder_for(model, max_new_tokens=21, **choices)
     with torch.no_grad():
-        estimate, states = decoder.run().trace.settings["notes_memory"], decoder.note_states
+        estimate, states = decoder.run().trace.model["notes_memory"], decoder.note_states
     bus, rows = decoder.bus.notes_BSVKN, len(decoder.streams.sections)
     assert estimate["bus"] * rows == bus.numel() * bus.element_size()
     tensors = (*states.keys, *states.values, *states.biases)

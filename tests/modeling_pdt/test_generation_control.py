@@ -8,7 +8,7 @@ import torch
 from modeling_pdt.cadence import Cadence, interval_tokens
 from modeling_pdt.gate import RetryPolicy
 from modeling_pdt.gate_scale import GateScale
-from modeling_pdt.interventions import RandomGate
+from modeling_pdt.interventions import Ablate, Freeze, RandomGate, Shuffle, Stale, Tag
 from modeling_pdt.policies import CadencePolicy, FlickerGuard, GateAnnealing
 from tests.decoding_shadow import Shadow, decoder_for
 
@@ -277,3 +277,15 @@ def test_any_number_of_streams_says_which_adapter_each_has(model, streams):
     output = decode(model, num_streams=streams, max_new_tokens=6)
     assert [len(rows) for rows in output.streams] == [streams] * 2
     assert output.trace.settings["stream_adapters"] == [0, 1, 2, 0, 1, 2, 0, 1][:streams]
+
+
+def test_interventions_reach_single_streams_and_the_trace(model):
+    plain, alone = texts(decode(model)), texts(decode(model, interventions=[Ablate()]))
+    output = decode(model, interventions=[Ablate().on(0), Tag("first")])
+    assert plain[0] != alone[0] == texts(output)[0]
+    assert output.trace.settings["intervention_options"] == [
+        {"name": "ablate", "arguments": {"plan": False}, "streams": (0,)},
+        {"name": "tag", "arguments": {"label": "first"}, "streams": None},
+    ]
+    for kind in (Freeze(1), Shuffle(), Stale(2)):
+        assert texts(decode(model, interventions=[kind])) != plain

@@ -4,18 +4,25 @@ import pytest
 import torch
 
 from modeling_pdt.bus import NotesBus
+from modeling_pdt.intervention_chain import InterventionChain
 from modeling_pdt.interventions import (
     INTERVENTIONS,
     Ablate,
+    Freeze,
     GateZero,
     Intervention,
     NormScramble,
+    RandomGate,
     SelfOnly,
+    Shuffle,
     Stale,
     Swap,
+    Tag,
     WindowRequest,
     ZeroNotes,
     check_interventions,
+    intervention_from_dict,
+    make_intervention,
     make_interventions,
 )
 
@@ -135,7 +142,8 @@ def test_interventions_by_name():
     made = make_interventions(["swap", "gate_zero"])
     assert [type(one) for one in made] == [Swap, GateZero]
     assert set(INTERVENTIONS) == {
-        *("ablate", "zero_notes", "gate_zero", "swap", "stale", "norm_scramble", "self_only", "random_gate")
+        *("ablate", "zero_notes", "gate_zero", "swap", "stale", "freeze", "shuffle", "norm_scramble", "self_only"),
+        *("random_gate", "tag"),
     }
     with pytest.raises(ValueError, match=r"interventions must be of \['ablate', .*\], got \['swop'\]"):
         make_interventions(["swap", "swop"])
@@ -152,3 +160,76 @@ def test_impossible_interventions_are_named():
     for wrong in ("swap", Swap):
         with pytest.raises(ValueError, match="interventions must hold Intervention objects, got"):
             check_interventions([wrong], 2)
+
+
+def test_a_frozen_window_stays_as_it_was(bus):
+    assert read(bus, [Freeze(2)], read_round=3)[1] == read(bus, [], read_round=2)[1]
+    assert read(bus, [Freeze(2)], read_round=1)[1] == read(bus, [], read_round=1)[1]
+    assert read(bus, [Freeze(0)])[1] == set()
+    assert {version for *_, version in read(bus, [Freeze(2), Stale()])[1]} == {0}
+
+
+def test_shuffled_notes_keep_what_the_window_holds_and_lose_what_a_note_holds():
+    plain, mask = torch.arange(32.0).view(1, 8, 4), torch.tensor([[True, False, True, True, False, True, True, False]])
+    notes, after = Shuffle().window(plain, mask, PLAN)
+    seen = mask[0].clone()
+    seen[:PLAN] = False
+    assert torch.equal(after, mask)
+    assert torch.equal(notes[0, ~seen], plain[0, ~seen])
+    assert torch.equal(notes[0, seen].sort(dim=0).values, plain[0, seen])
+    kept = {tuple(note) for note in notes[0, seen].tolist()} & {tuple(note) for note in plain[0, seen].tolist()}
+    assert len(kept) < 2
+    assert not torch.equal(Shuffle(1).window(plain, mask, PLAN)[0], notes)
+
+
+def chain_read(bus, interventions, lag=1):
+    """Streams and rounds that every row of the first prompt reads after a chain, and the chain's gate scales."""
+    chain, rows = InterventionChain(tuple(interventions), 3, 2), torch.arange(3)
+    request = chain.request(WindowRequest(rows, rows, torch.full((3,), 3), torch.full((3,), lag)))
+    window = bus.window(request.rows, request.read_round, request.lag, request.sources, request.own_notes)
+    notes, mask = chain.window(rows, *window, PLAN)
+    seen = [{tuple(map(int, note[1:])) for note in notes[row, PLAN:][mask[row, PLAN:]]} for row in range(3)]
+    return seen, chain.gate_scale(rows, 0.5)
+
+
+def test_streams_that_are_not_named_read_as_ever(bus):
+    plain, scale = chain_read(bus, [])
+    assert scale == 0.5
+    for kind in (Ablate(), ZeroNotes(), Swap(), Stale(), Freeze(), Shuffle(), NormScramble(), SelfOnly()):
+        everybody, _ = chain_read(bus, [kind])
+        assert everybody != plain
+        assert chain_read(bus, [kind.on(1)])[0] == [plain[0], everybody[1], plain[2]]
+        assert chain_read(bus, [kind.on(0, 2), kind.on(1)])[0] == everybody
+        assert kind.streams is None
+    assert chain_read(bus, [GateZero().on(2)])[1].tolist() == [0.5, 0.5, 0.0]
+    agreement = torch.tensor([0.3, 0.4, 0.6])
+    for rate, expected in ((1.0, 0.0), (0.0, 1.0)):
+        chain = InterventionChain((RandomGate(rate).on(1),), 3, 2)
+        edited = chain.agreement(agreement, *torch.zeros(3, 3, dtype=torch.long).add(torch.arange(3)))
+        assert edited.tolist() == [agreement[0], expected, agreement[2]]
+
+
+def test_words_make_interventions_and_dictionaries_make_them_again():
+    for word, made in (
+        ("stale:2", Stale(2)),
+        ("ablate@0,2", Ablate().on(0, 2)),
+        ("freeze:3@1", Freeze(3).on(1)),
+        ("swap:1,0", Swap([1, 0])),
+        ("random_gate:0.25", RandomGate(0.25)),
+        ("tag:second run", Tag("second run")),
+        ("shuffle:4", Shuffle(4)),
+    ):
+        one = make_intervention(word)
+        assert type(one) is type(made) and one.to_dict() == made.to_dict()
+        again = intervention_from_dict(one.to_dict())
+        assert type(again) is type(made) and again.to_dict() == made.to_dict()
+    for word, message in (
+        ("ablate:1", "ablate takes no argument"),
+        ("stale:x", r"'stale:x' must be name\[:argument\]\[@streams\]"),
+        ("stale:0", "Stale.rounds must be >= 1, got 0"),
+        ("stale@-1", "Stale.on needs one stream >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_intervention(word)
+    with pytest.raises(ValueError, match=r"Ablate\.streams must be in \[0, 1\], got \(2,\)"):
+        check_interventions([Ablate().on(2)], 1, 2)
