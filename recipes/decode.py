@@ -57,7 +57,6 @@ def write_manifest(
         sections,
         merged,
         tokenizer=described,
-        tag=arguments.tag,
         reference_notes=notes,
         replay_folder=arguments.replay_folder,
     )

@@ -13,6 +13,8 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from modeling_pdt import PDTForParallelDecoding, PDTGenerationConfig
+from modeling_pdt.interventions import make_interventions
+from modeling_pdt.policies import CadencePolicy
 from trainer_pdt.live_view import LiveView
 from trainer_pdt.manifest import differences, read_decode_manifest
 from trainer_pdt.parser import RecipeParser
@@ -115,12 +117,12 @@ def test_a_run_leaves_its_files_and_can_be_replayed(recipe, model, tokenizer, tm
     notes = tmp_path / "notes.yaml"
     notes.write_text("stream_0: [barley]\n")
     plan = ["--plan_texts", '{"text": "main crop", "stream": 0}', '{"text": "mayor"}', "--seed_texts", "a", "b", "c"]
-    options = ["--max_new_tokens", "10", "--token_records", "--memory_report", "--tag", "first", "--top_p", "0.9"]
+    options = ["--max_new_tokens", "10", "--token_records", "--memory_report", "--top_p", "0.9"]
     given = arguments(recipe, "--prompt", "Velmar.", *words, *plan, *options, "--reference_notes", str(notes))
     given.agreement_threshold, given.max_retries = 0.999, 2
     output = recipe.decode(model, tokenizer, given, console())
     record = read_decode_manifest(tmp_path / "out/manifest.json")
-    assert record["tag"] == "first" and record["reference_notes"] == {"stream_0": ["barley"]}
+    assert record["reference_notes"] == {"stream_0": ["barley"]}
     lines = [json.loads(line)["event"] for line in (tmp_path / "out/tokens.jsonl").read_text().splitlines()]
     assert lines.count("token") == len(record["trace"]["tokens"])
     assert record["trace"]["memory"]["cache_bytes"] > 0
@@ -150,6 +152,21 @@ def test_every_option_of_decoding_is_an_option_of_the_recipe(recipe):
     assert (chosen["bus_lag"], chosen["retry_policy"]) == (2, "stale") and "block_size" not in chosen
 
 
+def test_the_originals_flags_all_have_a_row(recipe):
+    text = (PATH.parents[1] / "docs/decoding.md").read_text(encoding="utf-8").split("## Options of the recipe")[1]
+    rows = re.findall(r"^\| `(--\S+)` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == len(dict(rows)) == 47
+    fields = {field.name for field in dataclasses.fields(recipe.DecodeArguments)} | {"config"}
+    for flag, equivalent in rows:
+        named = set(re.findall(r"`--(\w+)", equivalent)) | set(re.findall(r"`(\w+):` in a", equivalent))
+        assert named <= fields, flag
+        assert named or equivalent.startswith(("none: ", "the view", "`timings")), flag
+        cadence = re.findall(r"^`--cadence`, field `(\w+)`", equivalent)
+        assert set(cadence) <= {field.name for field in dataclasses.fields(CadencePolicy)}, flag
+    for words in re.findall(r"`--interventions (\S+?)`", text):
+        assert make_interventions([words])
+
+
 def test_the_view_has_a_column_per_stream_and_strikes_what_is_withdrawn(tokenizer):
     screen = console(terminal=True)
     first, second = tokenizer("barley grows")["input_ids"], tokenizer("a river")["input_ids"]
@@ -169,7 +186,7 @@ def test_the_view_has_a_column_per_stream_and_strikes_what_is_withdrawn(tokenize
 def test_the_documents_code_runs(model, tokenizer, monkeypatch):
     text = (PATH.parents[1] / "docs/decoding.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     monkeypatch.setattr(PDTForParallelDecoding, "from_pretrained", lambda *args: model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args: tokenizer)
     exec("\n".join(blocks), {})

@@ -73,7 +73,6 @@ class DecodeArguments(GenerationOptions):
     reference_notes: str | None = field(
         default=None, metadata={"help": "YAML or JSON file of notes that go into the manifest for evaluation."}
     )
-    tag: str | None = field(default=None, metadata={"help": "Label in the manifest."})
     stream_jsonl: str | None = field(default=None, metadata={"help": "File for a line of JSON per token and event."})
     replay_folder: str | None = field(default=None, metadata={"help": "Folder for what recipes/replay.py needs."})
     replay_chunk_calls: int = field(default=256, metadata={"help": "Trunk calls per file of the replay artefact."})

@@ -41,7 +41,7 @@ def decode_manifest(
         prompts (`list[str]`): Rendered prompts.
         sections (`list[list[str]]`): Per prompt and stream, the section's text.
         merged (`list[str]`): The merged answers.
-        optional: `reference_notes`, `tag`, `tokenizer`, `replay_folder`; left out where `None`.
+        optional: `reference_notes`, `tokenizer`, `replay_folder`; left out where `None`.
     """
     return {
         "schema_version": manifest_schema()["version"],

@@ -259,9 +259,7 @@ def answering(model: PDTForParallelDecoding, tape: TapeReader) -> Iterator[None]
             handle.remove()
 
 
-def read_call(
-    folder: Path, record: dict[str, Any], model: PDTForParallelDecoding
-) -> tuple[Inputs, Settings, PDTGenerationConfig]:
+def read_call(folder: Path, record: dict[str, Any], model: PDTForParallelDecoding) -> tuple[Inputs, Settings]:
     """Inputs and settings of the stored call, as the decoder takes them."""
     settings = Settings.from_dict(record["settings"])
     config = PDTGenerationConfig.from_dict(record["generation_config"])
@@ -277,7 +275,7 @@ def read_call(
         processors=processors,
         interventions=tuple(map(intervention_from_dict, record["inputs"]["interventions"])),
     )
-    return inputs, settings, config
+    return inputs, settings
 
 
 def replay(folder: str | Path, callbacks: list[ParallelDecodingCallback] | None = None) -> ParallelGenerateOutput:
@@ -298,7 +296,7 @@ def replay(folder: str | Path, callbacks: list[ParallelDecodingCallback] | None 
     folder = Path(folder)
     record = read_record(folder)
     model = placeholder(record)
-    inputs, settings, _ = read_call(folder, record, model)
+    inputs, settings = read_call(folder, record, model)
     recorder = [TokenRecorder()] if "tokens" in record["trace"] else []
     tape = TapeReader(folder, record)
     with torch.no_grad(), answering(model, tape):

@@ -45,6 +45,18 @@ CALLS = {
     "rollbacks": {"agreement_threshold": 0.999, "max_retries": 3},
     "interventions": {"interventions": [Stale(rounds=2), RandomGate(rate=0.5, seed=3)], "agreement_threshold": 0.5},
     "end": {"eos_token_id": list(range(2, 30)), "min_new_tokens": 3, "agreement_threshold": 0.999},
+    "control": {
+        "cadence": {"mode": "adaptive", "interval": 3},
+        "commit_horizon": 8,
+        "gate_annealing": {"decay": 0.5},
+        "logit_blend": 0.5,
+        "commit_policy": "round",
+        "retry_temperature": 0.25,
+        "agreement_threshold": 0.5,
+        "retention": "scored",
+        "bus_capacity": 2,
+        "topology": [(0, 1), (1, 2)],
+    },
     "two streams": {"num_streams": 2, "block_size": 3, "bus_lag": 2, "gate_scale": 0.0},
 }
 

@@ -8,6 +8,8 @@ from trainer_pdt.manifest import SCHEMA_FILE, check_manifest, differences, manif
 from trainer_pdt.schema_check import check_schema
 from trainer_pdt.telemetry import read_json
 
+PARTS = ("trace", "plan", "commit", "rollback", "stream", "token")
+
 
 @pytest.fixture
 def manifest():
@@ -94,6 +96,27 @@ def test_differences_pass_over_measurements(manifest):
         "trace.events[2].tokens[1] is 5 and 6",
         "trace.streams[0][0].retries is in the first only",
     ]
+
+
+def schema_tables():
+    """The schema as Markdown: a table per kind of object, fields in the schema's order."""
+    schema = manifest_schema()
+    parts = {"manifest": schema, **{name: schema["$defs"][name] for name in PARTS}}
+    lines = []
+    for name, part in parts.items():
+        lines += [f"### `{name}`", "", part["description"], "", "| field | always there | content |", "|---|---|---|"]
+        inherited = schema["$defs"]["block"] if "$ref" in part else {"properties": {}, "required": []}
+        required = {*part.get("required", ()), *inherited["required"]}
+        for field, inner in {**part["properties"], **inherited["properties"]}.items():
+            lines.append(f"| `{field}` | {'yes' if field in required else ''} | {inner['description']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def test_the_documents_tables_are_the_schema():
+    page = (SCHEMA_FILE.parents[1] / "docs/manifest.md").read_text(encoding="utf-8")
+    written = page.split("<!-- schema -->\n")[1].split("<!-- end of schema -->")[0]
+    assert written == schema_tables()
 
 
 def test_the_schema_is_a_file_of_the_package():
