@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .callbacks import ParallelDecodingCallback
 from .conditioning_check import ConditioningCheck
 from .configuration_adapter import PDTAdapterConfig
 from .configuration_generation import PDTGenerationConfig
@@ -21,6 +22,7 @@ __all__ = [
     "PDTForParallelDecoding",
     "PDTGenerationConfig",
     "PDTOutput",
+    "ParallelDecodingCallback",
     "ParallelGenerateOutput",
     "Rollout",
     "StreamResult",

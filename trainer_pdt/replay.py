@@ -76,11 +76,14 @@ class ReplayRecorder(ParallelDecodingCallback):
         self.pending: dict[str, torch.Tensor] = {}
         self.calls = self.chunks = 0
         self.handles: list[Any] = []
+        self.is_open = False
 
     def __enter__(self) -> "ReplayRecorder":
+        self.is_open = True
         return self
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
+        self.is_open = False
         for handle in self.handles:
             handle.remove()
         if kind is None and self.decoder is not None:
@@ -89,8 +92,8 @@ class ReplayRecorder(ParallelDecodingCallback):
 
     def on_plan(self, decoder: ParallelDecoder) -> None:
         """Checks that the call can be stored, and listens to its model."""
-        if self.decoder is not None:
-            raise ValueError("a ReplayRecorder stores one call.")
+        if self.decoder is not None or not self.is_open:
+            raise ValueError("a ReplayRecorder stores one call, inside a `with` statement.")
         inputs = decoder.inputs
         self.record = {name: _stored(name, value) for name, value in vars(inputs).items() if _is_json(name, value)}
         self.record["entries"] = [[dataclasses.asdict(entry) for entry in entries] for entries in inputs.entries]
@@ -114,8 +117,7 @@ class ReplayRecorder(ParallelDecodingCallback):
             key = f"{name}.{self.counts[name]}"
             self.counts[name] += 1
             if name == "logits" and self.best_two and output.shape[-1] > 2:
-                best = output.topk(2, dim=-1)
-                self.pending[f"{key}.values"], self.pending[f"{key}.index"] = best.values.cpu(), best.indices.cpu()
+                self.pending[f"{key}.values"], self.pending[f"{key}.index"] = map(torch.Tensor.cpu, output.topk(2))
                 self.vocab_size = output.shape[-1]
             else:
                 self.pending[key] = output.detach().cpu().contiguous().clone()
@@ -125,12 +127,12 @@ class ReplayRecorder(ParallelDecodingCallback):
     def _flush(self) -> None:
         if self.pending:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.pending, self.folder / CHUNK_FILE.format(self.chunks))
+            _save(self.pending, self.folder / CHUNK_FILE.format(self.chunks))
             self.chunks, self.pending = self.chunks + 1, {}
 
     def _finish(self) -> None:
         decoder, config = self.decoder, self.decoder.model.config
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, self.folder / START_FILE)
+        _save(self.tensors, self.folder / START_FILE)
         record = {
             "version": REPLAY_VERSION,
             "chunks": self.chunks,
@@ -144,6 +146,12 @@ class ReplayRecorder(ParallelDecodingCallback):
             "trace": decoder.trace.to_manifest(),
         }
         write_json(self.folder / REPLAY_FILE, record)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes tensors as readable as other files; safetensors makes private ones."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)
 
 
 def _is_json(name: str, value: Any) -> bool:

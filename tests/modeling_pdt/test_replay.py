@@ -119,6 +119,8 @@ def test_what_cannot_be_stored_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="a replay stores interventions of"):
         record(model, tmp_path, interventions=[Custom()])
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="stores one call, inside a `with` statement"):
+        model.generate(IDS, callbacks=[ReplayRecorder(tmp_path)])
     record(model, tmp_path, interventions=[Ablate(plan=True)])
     with pytest.raises(ValueError, match="holds a replay artefact"):
         ReplayRecorder(tmp_path)
