@@ -33,7 +33,7 @@ class RollbackLayer(DynamicLayer):
         self.window, self.margin = window, margin
         self.is_sliding = window is not None
         self.cumulative_length = 0
-        self.start = self.end = 0
+        self.start = self.end = self.last_slide = 0
         self.unusable_R: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -72,8 +72,15 @@ class RollbackLayer(DynamicLayer):
         self.keys = self._keys[:, :, self.start : self.end]
         self.values = self._values[:, :, self.start : self.end]
         if self.window is not None:
-            self.start = max(self.start, self.end - (self.window - 1 + self.margin))
+            start = max(self.start, self.end - (self.window - 1 + self.margin))
+            self.start, self.last_slide = start, start - self.start
         return self.keys, self.values
+
+    def undo_update(self, tokens: int) -> None:
+        """Forgets the last update, of so many tokens: the layer is as it was, and nothing is copied."""
+        self.start, self.last_slide = self.start - self.last_slide, 0
+        self.end -= tokens
+        self.cumulative_length -= tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and first slot of the keys that the next `query_length` tokens will see."""
@@ -178,6 +185,11 @@ class RollbackCache(Cache):
             for layer in self.layers:
                 layer.rollback(counts_R)
 
+    def undo_update(self, tokens: int, first_layer: int) -> None:
+        """Forgets the last update of the layers from `first_layer` on; see [`RollbackLayer.undo_update`]."""
+        for layer in self.layers[first_layer:]:
+            layer.undo_update(tokens)
+
 
 class TwinCache(RollbackCache):
     """
@@ -195,6 +207,11 @@ class TwinCache(RollbackCache):
         """Takes tokens back in both."""
         super().rollback(counts_R)
         self.bare.rollback(counts_R)
+
+    def undo_update(self, tokens: int, first_layer: int) -> None:
+        """Forgets the last update of both."""
+        super().undo_update(tokens, first_layer)
+        self.bare.undo_update(tokens, first_layer)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row in both."""

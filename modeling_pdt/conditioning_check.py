@@ -133,7 +133,7 @@ def check_conditioning(model: Any) -> ConditioningCheck:
         model (`PDTForParallelDecoding`): The model, on its device.
 
     Returns:
-        [`ConditioningCheck`]. What is untrained and changes nothing yet is also a warning.
+        [`ConditioningCheck`]. What is untrained is also a warning, which says whether it changes anything yet.
 
     Raises:
         RuntimeError: When the adapter is not where its configuration says, when notes that nobody may see change the
@@ -145,10 +145,14 @@ def check_conditioning(model: Any) -> ConditioningCheck:
     silent = changes.pop("silent")
     if not silent <= rounding:
         raise RuntimeError(f"notes that nobody may see change the logits by {silent:.3g}, allowed: {rounding:.3g}.")
-    for part in [part for part, value in changes.items() if not value > silent]:
-        if part in trained:
+    for part, value in changes.items():
+        if part in trained and not value > silent:
             raise RuntimeError(f"{part} is trained, but does not change the logits on layers {layers}.")
-        logger.warning("%s is untrained and does not change the logits yet.", part)
+        if part not in trained:
+            effect = (
+                "changes the logits without having learnt to" if value > silent else "does not change the logits yet"
+            )
+            logger.warning("%s is untrained and %s.", part, effect)
     return ConditioningCheck(
         snc_placement=model.config.snc_placement,
         layers=layers,

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .configuration_adapter import check_choice, check_integer, check_range
-from .policies import CadencePolicy, FlickerGuard, GateAnnealing, make_policy
+from .policies import CadencePolicy, FlickerGuard, GateAnnealing, SensitivityProbe, make_policy
 from .retention import RETENTION_MODES
 
 PLAN_SOURCES = ("trunk", "planner", None)
@@ -17,6 +17,7 @@ POLICIES = {
     "cadence": CadencePolicy,
     "gate_annealing": GateAnnealing,
     "flicker_guard": FlickerGuard,
+    "sensitivity_probe": SensitivityProbe,
 }
 INHERITED_FIELDS = frozenset(vars(GenerationConfig()))
 
@@ -53,6 +54,7 @@ class PDTGenerationConfig(GenerationConfig):
         gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate; 0 silences it.
         gate_annealing (`dict`, *optional*): Fields of [`GateAnnealing`]. `None`: the gate scale stays.
         flicker_guard (`dict`, *optional*): Fields of [`FlickerGuard`], for an annealed gate.
+        sensitivity_probe (`dict`, *optional*): Fields of [`SensitivityProbe`]. `None`: nothing is measured.
         logit_blend (`float`, *optional*, defaults to 1.0): Share of the conditioned logits; the rest are those of the
             bare trunk on the same tokens. Between 0 and 1 the upper half runs twice.
         coverage_threshold (`float`, *optional*, defaults to 0.5): An item at or above counts as covered.
@@ -81,6 +83,7 @@ class PDTGenerationConfig(GenerationConfig):
         self.gate_scale = kwargs.pop("gate_scale", 1.0)
         self.gate_annealing = kwargs.pop("gate_annealing", None)
         self.flicker_guard = kwargs.pop("flicker_guard", None)
+        self.sensitivity_probe = kwargs.pop("sensitivity_probe", None)
         self.logit_blend = kwargs.pop("logit_blend", 1.0)
         self.coverage_threshold = kwargs.pop("coverage_threshold", 0.5)
         self.outline_max_new_tokens = kwargs.pop("outline_max_new_tokens", 192)

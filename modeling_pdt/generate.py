@@ -16,6 +16,7 @@ def parallel_generate(
     attention_mask: torch.Tensor | None = None,
     tokenizer: Any = None,
     plan_texts: list | None = None,
+    plan_contract: dict | list[dict] | None = None,
     stream_prefixes: list | None = None,
     seed_texts: list | None = None,
     seed_notes: torch.Tensor | None = None,
@@ -37,6 +38,8 @@ def parallel_generate(
         input_ids, attention_mask (`torch.LongTensor` of shape `[B, T]`): Rendered prompts, padded on any side.
         tokenizer (*optional*): Required when an argument below is text.
         plan_texts (`list`, *optional*): Plan items `{"text": ..., "stream": ...}`, for all prompts or per prompt.
+        plan_contract (`dict` or one per prompt, *optional*): Plan items and titles as the dataset holds them, see
+            [`read_contract`]; in place of `plan_texts`. `stream_prefixes` win over its titles.
         stream_prefixes (`list[str]`, *optional*): Headers, `[stream]` or `[prompt][stream]`.
         seed_texts (`list[str]`, *optional*): Notes at the start, as text, `[stream]` or `[prompt][stream]`.
         seed_notes (`torch.Tensor` of shape `[places, N]` or `[B, places, N]`, *optional*): The same as vectors.
@@ -68,6 +71,7 @@ def parallel_generate(
         stopping_criteria,
         interventions,
         seed,
+        plan_contract,
     )
     output = ParallelDecoder(model, inputs, settings, streamer, callbacks).run()
     wants_dict = config.return_dict_in_generate if return_dict_in_generate is None else return_dict_in_generate

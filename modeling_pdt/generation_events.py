@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .callbacks import CallbackList
+from .safeguards import SensitivityMeter
 from .streams import StreamBatch
 from .trace import plan_items
 
@@ -89,3 +90,25 @@ class DecodingEvents:
         """The blocks judged last that stand are final now."""
         for event in self.standing:
             self.tell("on_commit", event)
+
+    def sensitivity(
+        self,
+        streams: StreamBatch,
+        reads_A: torch.Tensor,
+        meter: SensitivityMeter,
+        logits_AV: torch.Tensor,
+        disturbed_AV: torch.Tensor,
+    ) -> None:
+        """What disturbed notes did to the logits of the rows that read any."""
+        measured = zip(
+            streams.batch_rows, reads_A.tolist(), meter.ratios(logits_AV, disturbed_AV).tolist(), strict=True
+        )
+        rows = [
+            {"prompt": row // self.num_streams, "stream": row % self.num_streams, "ratio": ratio}
+            for row, read, ratio in measured
+            if read
+        ]
+        if rows:
+            largest = max(row["ratio"] for row in rows)
+            excessive = largest > meter.probe.max_ratio
+            self.trace.add("sensitivity", call=self.trace.calls, rows=rows, largest=largest, excessive=excessive)

@@ -4,6 +4,7 @@ Letters: B prompts, S streams, P plan places, N note width.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from .configuration_generation import PDTGenerationConfig
 from .generation_settings import Settings, resolve_settings
 from .interventions import Intervention, check_interventions
-from .plan import PlanEntry, check_plan_entries
+from .plan import PlanEntry, check_plan_entries, read_contract
 from .sampling import row_processors
 from .snapshot_zero import encode_plan, encode_seeds, per_prompt, predict_plan, tokenize, write_outlines
 
@@ -124,6 +125,11 @@ def read_prompts(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
     return prompts
 
 
+def section_headers(titles: Sequence[list[str]]) -> list[list[str]]:
+    """Headers `[prompt][stream]` as text, from titles."""
+    return [[f"## {title}\n" for title in row] for row in titles]
+
+
 def resolve_plan(
     model: Any,
     config: PDTGenerationConfig,
@@ -131,8 +137,17 @@ def resolve_plan(
     prompts: list[list[int]],
     plan_texts: list | None,
     num_streams: int,
+    plan_contract: dict | list[dict] | None = None,
 ) -> tuple[list[list[int]], list[list[PlanEntry]], list[list[str]] | None, str | None]:
     """Prompts with their outlines, plan items, headers that the plan brings, and where the plan came from."""
+    if plan_contract is not None:
+        if plan_texts is not None:
+            raise ValueError("give at most one of plan_texts and plan_contract.")
+        contracts = plan_contract if isinstance(plan_contract, (list, tuple)) else [plan_contract] * len(prompts)
+        if len(contracts) != len(prompts):
+            raise ValueError(f"plan_contract must be one, or one per prompt ({len(prompts)}), got {len(contracts)}.")
+        entries, titles = zip(*(read_contract(contract, num_streams) for contract in contracts), strict=True)
+        return prompts, list(entries), section_headers(titles) if all(titles) else None, "contract"
     if plan_texts is not None:
         if not isinstance(plan_texts, (list, tuple)):
             raise ValueError(f"plan_texts must be a list of {{'text': str, 'stream': int}}, got {plan_texts!r}.")
@@ -149,7 +164,7 @@ def resolve_plan(
         titles = [[line.header for line in lines] for lines in plans]
         for row in titles:
             row += [f"Part {k + 1}" for k in range(len(row), num_streams)]
-        return prompts, entries, [[f"## {title}\n" for title in row] for row in titles], "trunk"
+        return prompts, entries, section_headers(titles), "trunk"
     return prompts, [[] for _ in prompts], None, None
 
 
@@ -167,6 +182,7 @@ def prepare_inputs(
     stopping_criteria: list | None = None,
     interventions: list[Intervention] | None = None,
     seed: int = 0,
+    plan_contract: dict | list[dict] | None = None,
 ) -> tuple[Inputs, Settings]:
     """Checks and resolves everything that a call was given; see [`parallel_generate`] for the arguments."""
     prompts = read_prompts(input_ids, attention_mask)
@@ -176,7 +192,9 @@ def prepare_inputs(
     settings = resolve_settings(model, config, num_streams, seed)
     device = model.stack.base_layer.embed_tokens.weight.device
     headers = per_prompt("stream_prefixes", stream_prefixes, len(prompts), num_streams)
-    prompts, entries, titles, source = resolve_plan(model, config, tokenizer, prompts, plan_texts, num_streams)
+    prompts, entries, titles, source = resolve_plan(
+        model, config, tokenizer, prompts, plan_texts, num_streams, plan_contract
+    )
     headers = headers or titles
     if headers is None:
         header_ids: list[list[int]] = [[] for _ in range(len(prompts) * num_streams)]

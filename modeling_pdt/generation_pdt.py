@@ -25,6 +25,7 @@ from .memory import notes_memory
 from .note_states import NoteStates
 from .outputs import ParallelGenerateOutput, collect_output
 from .prefill import header_batch, prefill_prompts
+from .safeguards import SensitivityMeter
 from .sampling import choose_tokens, fold_keys, history_free, keyed_uniform, process_logits, prompt_keys
 from .streaming import StreamerCallback, parallel_streamer
 from .streams import StreamBatch
@@ -96,6 +97,8 @@ class ParallelDecoder:
         self.headless_R = torch.tensor([not header for header in inputs.headers], device=device)
         self.restarting = True
         self.note_states: NoteStates | None = None
+        self.disturbed_states: NoteStates | None = None
+        self.sensitivity = SensitivityMeter(settings.sensitivity_probe, settings.seed)
         self.interventions = InterventionChain(inputs.interventions, settings.num_streams, len(inputs.prompts))
         self.trace = self._new_trace()
         streamer = parallel_streamer(streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0])
@@ -153,7 +156,7 @@ class ParallelDecoder:
             input_ids=ids, attention_mask=streams.mask, position_ids=positions, past_key_values=streams.cache
         )
         self._refresh_window()
-        hidden = self._upper(tap, stream_ids)
+        hidden = self._upper(tap, stream_ids, self.note_states)
         self.restarting = False
         last = (lengths_R - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         streams.tap_RLD[:, :1] = tap.hidden.gather(1, last).to(streams.tap_RLD.dtype)
@@ -175,7 +178,12 @@ class ParallelDecoder:
             tap = self._exchange(tap, streams.rows_R[[row for row, flag in enumerate(at_boundary) if flag]])
             if not streams.live_rows:
                 return
-        hidden = self._upper(tap, self._stream_ids())[:, 0]
+        stream_ids = self._stream_ids()
+        disturbed = self._disturbed(tap, stream_ids)
+        hidden = self._upper(tap, stream_ids, self.note_states)[:, 0]
+        if disturbed is not None:
+            reads_A = self.note_states.mask.any(dim=1) & (stream_ids[:, 0] >= 0) & streams.live_R[streams.batch_A]
+            self.events.sensitivity(streams, reads_A, self.sensitivity, self.head(hidden), disturbed)
         kept_A = streams.drop_finished()
         if kept_A is not None:
             self.note_states, hidden = self.note_states.select_rows(kept_A), hidden[kept_A]
@@ -208,12 +216,20 @@ class ParallelDecoder:
             stream_ids = torch.where(self.headless_R & (self.streams.fed_R <= 0), -1, stream_ids)
         return stream_ids[self.streams.batch_A, None]
 
-    def _upper(self, tap: TapState, stream_ids: torch.Tensor) -> torch.Tensor:
+    def _disturbed(self, tap: TapState, stream_ids: torch.Tensor) -> torch.Tensor | None:
+        """Logits `[A, V]` of this call with disturbed notes, where they are to be measured; the cache is as before."""
+        states, self.disturbed_states = self.disturbed_states, None
+        if states is None:
+            return None
+        hidden = self._upper(tap, stream_ids, states)
+        self.streams.cache.undo_update(1, tap.split)
+        return self.head(hidden[:, 0])
+
+    def _upper(self, tap: TapState, stream_ids: torch.Tensor, states: NoteStates) -> torch.Tensor:
         """The upper half; tokens without a stream read no notes."""
         blend = self.settings.logit_blend
         if blend == 0:
             return self.stack.upper(tap)
-        states = self.note_states
         if self.restarting:
             states = replace(states, mask=restrict_to_streams(states.mask, stream_ids), biases=())
         hidden = self.stack.upper(tap, states, stream_ids)
@@ -250,7 +266,11 @@ class ParallelDecoder:
         scale = self.gate_scale.of(rows_A)
         scale = self.interventions.gate_scale(rows_A, scale)
         states = self.stack.project_notes(notes, mask, scale)
-        self.note_states = replace(states, biases=tuple(site.bias(states.mask) for site in self.stack.snc))
+        biases = tuple(site.bias(states.mask) for site in self.stack.snc)
+        self.note_states = replace(states, biases=biases)
+        if self.sensitivity.probe is not None and bool(mask.any()) and self.sensitivity.due():
+            disturbed = self.sensitivity.disturb(notes, mask)
+            self.disturbed_states = replace(self.stack.project_notes(disturbed, mask, scale), biases=biases)
 
     def _close_blocks(self, rows_M: torch.Tensor) -> torch.Tensor:
         """Writes notes, judges and commits; returns the rows whose block is withdrawn."""

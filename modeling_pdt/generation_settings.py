@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .configuration_generation import POLICIES, PDTGenerationConfig
-from .policies import CadencePolicy, FlickerGuard, GateAnnealing, make_policy
+from .policies import CadencePolicy, FlickerGuard, GateAnnealing, SensitivityProbe, make_policy
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Settings:
     gate_scale: float
     gate_annealing: GateAnnealing | None
     flicker_guard: FlickerGuard | None
+    sensitivity_probe: SensitivityProbe | None
     logit_blend: float
     coverage_threshold: float
     max_new_tokens: int

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 OUTLINE_LINE = re.compile(r"^\s*(\d+)\.\s*([^:\n]+):?\s*(.*?)\s*$")
 OUTLINE_END = "\n\n"
+# A trunk may say with this word that its outline ends.
+PLAN_SENTINEL = "</plan>"
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,15 @@ def format_outline(streams: list[StreamPlan]) -> str:
     return "".join(lines) + "\n"
 
 
+def cut_outline(text: str) -> str:
+    """An outline without what follows it: up to the first empty line or `</plan>`."""
+    return text.split(OUTLINE_END)[0].split(PLAN_SENTINEL)[0]
+
+
 def parse_outline(text: str) -> list[StreamPlan]:
-    """The numbered lines of an outline up to its first empty line; other lines are passed over."""
+    """The numbered lines of an outline up to its first empty line or `</plan>`; other lines are passed over."""
     streams = []
-    for line in text.split(OUTLINE_END)[0].splitlines():
+    for line in cut_outline(text).splitlines():
         match = OUTLINE_LINE.match(line)
         if match:
             items = tuple(item.strip() for item in match.group(3).split(";") if item.strip())
@@ -82,3 +89,26 @@ def check_plan_entries(entries: list[dict], num_streams: int) -> list[PlanEntry]
             raise ValueError(f"plan_texts: stream must be in [0, {num_streams - 1}], got {stream!r}.")
         checked.append(PlanEntry(str(entry["text"]).strip(), stream))
     return checked
+
+
+def read_contract(contract: dict, num_streams: int) -> tuple[list[PlanEntry], list[str]]:
+    """
+    Plan items and section titles from a plan contract.
+
+    Args:
+        contract (`dict`): A document of the dataset, or its part `{"items": [{"text", "stream"}, ...],
+            "streams": [{"header"}, ...]}`; other keys are not read. Without `streams` there are no titles.
+        num_streams (`int`): S of the call.
+
+    Raises:
+        ValueError: For another form, or another number of streams.
+    """
+    items = contract.get("items") if isinstance(contract, dict) else None
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"plan_contract must hold items {{'text': str, 'stream': int}}, got {contract!r}.")
+    entries = check_plan_entries([{key: item.get(key) for key in ("text", "stream")} for item in items], num_streams)
+    streams = contract.get("streams") or []
+    titles = [stream.get("header") if isinstance(stream, dict) else None for stream in streams]
+    if titles and (len(titles) != num_streams or not all(isinstance(title, str) for title in titles)):
+        raise ValueError(f"plan_contract: streams must hold num_streams={num_streams} headers, got {titles!r}.")
+    return entries, titles

@@ -125,12 +125,13 @@ class SensitivityProbe:
     Measures how much the logits move when the notes do.
 
     Args:
-        every (`int`): Trunk calls between two measurements.
+        every (`int`): Exchanges of notes from one measurement to the next; the first one that rows read is measured.
         epsilon (`float`): Norm of the noise, relative to the norm of the notes that a row sees.
-        max_ratio (`float`): Relative change of the logits per relative change of the notes that is too much.
+        max_ratio (`float`): Relative change of the logits per relative change of the notes above which the trace says
+            so.
     """
 
-    every: int = 64
+    every: int = 8
     epsilon: float = 1e-3
     max_ratio: float = 5.0
 

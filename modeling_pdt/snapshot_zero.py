@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from .configuration_generation import PDTGenerationConfig
 from .generation_settings import end_and_pad
-from .plan import OUTLINE_END, PlanEntry, StreamPlan, parse_outline
+from .plan import OUTLINE_END, PLAN_SENTINEL, PlanEntry, StreamPlan, cut_outline, parse_outline
 from .rollout import encode_texts
 
 
@@ -76,7 +76,7 @@ def write_outlines(
         do_sample=False,
         eos_token_id=config.eos_token_id,
         pad_token_id=pad,
-        stop_strings=[OUTLINE_END],
+        stop_strings=[OUTLINE_END, PLAN_SENTINEL],
     )
     with model.disable_adapter():
         written = model.trunk.generate(
@@ -88,7 +88,7 @@ def write_outlines(
         lines = parse_outline(text)
         if not lines:
             raise ValueError(f"the trunk wrote no outline of the form '1. Header: item; item', but {text!r}.")
-        outline = text.split(OUTLINE_END)[0].rstrip("\n") + OUTLINE_END
+        outline = cut_outline(text).rstrip("\n") + OUTLINE_END
         extended.append(prompt + tokenize("outline", tokenizer, [outline])[0])
         plans.append(lines)
     return extended, plans

@@ -52,6 +52,9 @@ class DecodeArguments(GenerationOptions):
     plan_texts: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "Plan items {text: ..., stream: ...} in place of `plan`."}
     )
+    plan_contract: str | None = field(
+        default=None, metadata={"help": "YAML or JSON file of a document's items and streams, in place of plan_texts."}
+    )
     headers: list[str] | None = field(default=None, metadata={"help": "Section headers, one per stream."})
     stream_prefixes: list[str] | None = field(
         default=None, metadata={"help": "Starts of the sections as they are, in place of `headers`."}
@@ -99,6 +102,7 @@ class DecodeArguments(GenerationOptions):
         return {
             "plan": None if self.plan == "none" else self.plan,
             "plan_texts": self.plan_texts,
+            "plan_contract": self.plan_contract and load_yaml(self.plan_contract),
             "stream_prefixes": prefixes or self.stream_prefixes,
             "seed_texts": self.seed_texts,
             "seed_notes": self.seed_notes and torch.tensor(load_yaml(self.seed_notes)["notes"]),

@@ -9,7 +9,8 @@ from modeling_pdt.cadence import Cadence, interval_tokens
 from modeling_pdt.gate import RetryPolicy
 from modeling_pdt.gate_scale import GateScale
 from modeling_pdt.interventions import Ablate, Freeze, RandomGate, Shuffle, Stale, Tag
-from modeling_pdt.policies import CadencePolicy, FlickerGuard, GateAnnealing
+from modeling_pdt.policies import CadencePolicy, FlickerGuard, GateAnnealing, SensitivityProbe
+from modeling_pdt.safeguards import SensitivityMeter
 from tests.decoding_shadow import Shadow, decoder_for
 
 TOLERANCE = 1e-5
@@ -289,3 +290,33 @@ def test_interventions_reach_single_streams_and_the_trace(model):
     ]
     for kind in (Freeze(1), Shuffle(), Stale(2)):
         assert texts(decode(model, interventions=[kind])) != plain
+
+
+@pytest.mark.parametrize("blend", [1.0, 0.5])
+def test_the_probe_measures_what_disturbed_notes_do(make_model, blend):
+    model = make_model("gpt_oss", trained=True)
+    model.config._adapter_config.trained_parts = ["agreement"]
+    choices = {"agreement_threshold": 0.5, "max_new_tokens": 24, "logit_blend": blend}
+    gate = [RandomGate(0.3)]
+    plain = decode(model, **choices, interventions=gate)
+    probe = {"every": 2, "epsilon": 1e-3, "max_ratio": 1e-4}
+    output = decode(model, **choices, interventions=gate, sensitivity_probe=probe)
+    # Measuring leaves the cache, and so every token, as it was.
+    assert texts(output) == texts(plain) and output.trace.of_kind("rollback")
+    events = output.trace.of_kind("sensitivity")
+    assert len(events) > 2 and not plain.trace.of_kind("sensitivity")
+    ratios = [row["ratio"] for event in events for row in event["rows"]]
+    assert all(0 < ratio < 10 for ratio in ratios)
+    assert all(event["excessive"] and event["largest"] in [row["ratio"] for row in event["rows"]] for event in events)
+    silent = decode(model, **choices, gate_scale=0.0, sensitivity_probe=probe)
+    still = [row["ratio"] for event in silent.trace.of_kind("sensitivity") for row in event["rows"]]
+    assert still and not any(still)
+
+
+def test_the_measured_ratio_is_the_change_of_logits_by_the_noise_that_was_added():
+    meter = SensitivityMeter(SensitivityProbe(epsilon=0.5), 0)
+    notes, mask = torch.ones(1, 4, 4), torch.tensor([[True, True, False, True]])
+    noise = meter.disturb(notes, mask) - notes
+    assert not noise[0, 2].any()
+    assert noise.norm().item() == pytest.approx(0.5 * 12**0.5)
+    assert meter.ratios(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]])).item() == pytest.approx(0.4)
