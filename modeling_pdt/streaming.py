@@ -9,7 +9,16 @@ from .callbacks import ParallelDecodingCallback
 
 
 class ParallelStreamer:
-    """Receives committed tokens of every stream; subclass it and override what is of interest."""
+    """
+    Receives committed tokens of every stream; subclass it and override what is of interest.
+
+    `wants_drafts`: whether `draft` is to be called, which costs a transfer per trunk call.
+    """
+
+    wants_drafts = False
+
+    def draft(self, prompt: int, stream: int, token_id: int) -> None:
+        """Called with every token as it is chosen; `put` or `rollback` decides later about its block."""
 
     def put(self, prompt: int, stream: int, token_ids: list[int]) -> None:
         """
@@ -86,6 +95,12 @@ class StreamerCallback(ParallelDecodingCallback):
 
     def __init__(self, streamer: ParallelStreamer) -> None:
         self.streamer = streamer
+
+    def on_token(self, decoder: Any, rows_M: torch.Tensor, tokens_M: torch.Tensor, scores_MV: torch.Tensor) -> None:
+        """Shows the tokens as they are chosen to a streamer that wants to see them."""
+        if getattr(self.streamer, "wants_drafts", False):
+            for row, token in zip(rows_M.tolist(), tokens_M.tolist(), strict=True):
+                self.streamer.draft(*divmod(row, decoder.settings.num_streams), token)
 
     def on_commit(self, decoder: Any, event: dict[str, Any]) -> None:
         """Puts the block's tokens."""

@@ -183,6 +183,25 @@ def test_the_view_has_a_column_per_stream_and_strikes_what_is_withdrawn(tokenize
     assert "stream 0" in shown and "stream 1" in shown and "1 block rewritten" in shown
 
 
+def test_the_view_shows_what_is_being_written(model, tokenizer):
+    prompt = tokenizer("Velmar.", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    shown = []
+
+    class Watched(LiveView):
+        def draft(self, prompt, stream, token_id):
+            super().draft(prompt, stream, token_id)
+            shown.append((stream, token_id, self.render().columns[stream]._cells[0].renderable.plain))
+
+    with Watched(tokenizer, 1, 3, console(terminal=True)) as view:
+        output = model.generate(prompt, max_new_tokens=6, streamer=view, return_dict_in_generate=True)
+    for stream, row in enumerate(output.streams[0]):
+        assert [token for place, token, _ in shown if place == stream] == row.token_ids
+        written = [text for place, _, text in shown if place == stream]
+        assert written[2] == tokenizer.decode(row.token_ids[:3], skip_special_tokens=True)
+    assert not any(view.drafts.values())
+    assert not LiveView(tokenizer, 1, 3, console()).wants_drafts
+
+
 def test_the_documents_code_runs(model, tokenizer, monkeypatch):
     text = (PATH.parents[1] / "docs/decoding.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

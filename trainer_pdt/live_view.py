@@ -1,4 +1,4 @@
-"""A terminal view of parallel decoding: sections side by side as they are committed, withdrawn blocks struck out."""
+"""A terminal view of parallel decoding: sections side by side as they are written, withdrawn blocks struck out."""
 
 from typing import Any
 
@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt.streaming import ParallelStreamer
 
-WITHDRAWN_STYLE = "red strike"
+WITHDRAWN_STYLE, DRAFT_STYLE = "red strike", "dim"
 
 
 class LiveView(ParallelStreamer):
     """
-    Streamer that shows every stream in a column of its own; without a terminal, one line per block.
+    Streamer that shows every stream in a column of its own, blocks that nobody has judged yet dimmed; without a
+    terminal, one line per block.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Decodes the sections.
@@ -39,7 +40,9 @@ class LiveView(ParallelStreamer):
         places = [(prompt, stream) for prompt in range(num_prompts) for stream in range(num_streams)]
         self.tokens: dict[tuple[int, int], list[int]] = {place: [] for place in places}
         self.texts: dict[tuple[int, int], Text] = {place: Text() for place in places}
+        self.drafts: dict[tuple[int, int], list[int]] = {place: [] for place in places}
         self.withdrawn: dict[tuple[int, int], int] = dict.fromkeys(places, 0)
+        self.wants_drafts = self.console.is_terminal
         self.live: Live | None = None
 
     def __enter__(self) -> "LiveView":
@@ -52,6 +55,12 @@ class LiveView(ParallelStreamer):
         if self.live is not None:
             self.live.update(self.render(), refresh=True)
             self.live.stop()
+
+    def draft(self, prompt: int, stream: int, token_id: int) -> None:
+        """Shows a token of a block that is being written."""
+        self.drafts[prompt, stream].append(token_id)
+        if self.live is not None:
+            self.live.update(self.render())
 
     def put(self, prompt: int, stream: int, token_ids: list[int]) -> None:
         """Appends a committed block to its column."""
@@ -77,12 +86,16 @@ class LiveView(ParallelStreamer):
     def _panel(self, prompt: int, stream: int) -> Panel:
         count = self.withdrawn[prompt, stream]
         note = f"[red]{count} block{'s' if count > 1 else ''} rewritten[/red]" if count else None
-        return Panel(self.texts[prompt, stream], title=f"stream {stream}", subtitle=note)
+        written, draft = self.tokens[prompt, stream], self.drafts[prompt, stream]
+        text = self.texts[prompt, stream].copy()
+        text.append(self._decode(written + draft)[len(self._decode(written)) :], style=DRAFT_STYLE)
+        return Panel(text, title=f"stream {stream}", subtitle=note)
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _show(self, prompt: int, stream: int, text: str, style: str) -> None:
+        self.drafts[prompt, stream].clear()
         self.texts[prompt, stream].append(text, style=style)
         if self.live is not None:
             self.live.update(self.render())
