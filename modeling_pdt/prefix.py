@@ -13,9 +13,9 @@ def repeat_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def begin_alike(values_RT: torch.Tensor, siblings: int, columns: int) -> bool:
-    """Whether `siblings` adjacent rows each are equal in their first columns."""
+    """Whether `siblings` adjacent rows each are known to be equal in their first columns; meta tensors are not."""
     first = values_RT[:, :columns]
-    return torch.equal(first, repeat_rows(first[::siblings], len(first)))
+    return not first.is_meta and torch.equal(first, repeat_rows(first[::siblings], len(first)))
 
 
 class PrefixLayer(DynamicLayer):
