@@ -115,7 +115,7 @@ def test_smoke_makes_every_kind_of_piece(tmp_path):
     command = [sys.executable, "recipes/proof.py", "--config", SMOKE, "--output", str(tmp_path / "out")]
     command += ["--report", str(tmp_path / "report.md")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for title in ("Bars", "Sibling-fact recall", "Factors of decoding", "Rollback", "Recipes and trunks", "Values"):
