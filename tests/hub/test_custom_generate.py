@@ -2,6 +2,7 @@
 
 import pytest
 
+pytestmark = pytest.mark.slow
 LEFT_AS_IT_WAS = {
     **{"same_tensors": True, "same_names": True, "same_modules": True, "same_plain": True},
     **{"learns": True, "peft": False},

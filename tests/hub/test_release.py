@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from tests.hub.conftest import OWNER_TOKEN
 from tests.tiny_training import make_model, tokenizer
 
+pytestmark = pytest.mark.slow
 EVALUATION = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo" / "evaluation.json"
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -24,12 +25,18 @@ def trunk():
     return llama_trunk().eval()
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A good model's folder; tests spoil it."""
-    folder = tmp_path / "saved"
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A good model's folder."""
+    folder = tmp_path_factory.mktemp("good")
     PDTForParallelDecoding.from_trunk(llama_trunk(), notes_dim=16).save_pretrained(folder, include_trunk=True)
     return folder
+
+
+@pytest.fixture
+def saved(good, tmp_path):
+    """A copy of it, which a test spoils."""
+    return shutil.copytree(good, tmp_path / "saved", ignore=shutil.ignore_patterns("*.py"))
 
 
 class Bomb:
@@ -228,6 +235,7 @@ def test_code_named_in_a_configuration_is_not_run(saved, tmp_path):
     assert not trace.exists()
 
 
+@pytest.mark.slow
 def test_a_hub_model_may_not_name_a_folder_of_this_machine(hub, visit, published):
     files = dict(hub.files("owner/pdt"))
     for number, name in enumerate(("/etc", "../trunk", "./trunk")):
@@ -245,6 +253,7 @@ def test_links_are_not_uploaded(saved, tmp_path):
         model.save_pretrained(saved, include_trunk=True, push_to_hub=True, repo_id="owner/never")
 
 
+@pytest.mark.slow
 def test_tokens_are_neither_written_nor_logged(visit, published, tmp_path):
     value, printed = visit(
         "save_with_token", "owner/secret", str(tmp_path / "copy"), OWNER_TOKEN, package=True, debug=True

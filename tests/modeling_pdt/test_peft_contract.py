@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
 from modeling_pdt import PDTAdapterConfig, PDTForParallelDecoding
+from tests.modeling_pdt.conftest import llama_trunk
 
 NOTES_DIM = 16
 GREEDY = {"num_streams": 3, "max_new_tokens": 6, "do_sample": False}
@@ -40,23 +41,28 @@ def logits(model, inputs) -> torch.Tensor:
     return model(**inputs).logits
 
 
-@pytest.fixture
-def folders(make_model, randomize, tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """Two different adapters for one trunk, saved: `(trunk state, {"first": folder, "second": folder})`."""
-    model = make_model("llama", trained=True)
-    state = {name: t.clone() for name, t in model.trunk.state_dict().items() if "pdt_" not in name}
-    state = {name.replace("base_layer.", ""): tensor for name, tensor in state.items()}
-    for name in ("first", "second"):
-        randomize(model).save_pretrained(tmp_path / name)
-    return state, {name: str(tmp_path / name) for name in ("first", "second")}
+    torch.manual_seed(0)
+    trunk = llama_trunk().eval()
+    state = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    model = PDTForParallelDecoding.from_trunk(trunk, notes_dim=NOTES_DIM, block_size=4, adapter_bottleneck=8).eval()
+    places = {name: tmp_path_factory.mktemp(name) for name in ("first", "second")}
+    for folder in places.values():
+        with torch.no_grad():
+            for parameter in model.pdt_parameters().values():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(folder)
+    return state, {name: str(folder) for name, folder in places.items()}
 
 
 @pytest.fixture
-def fresh_trunk(make_trunk, folders):
+def fresh_trunk(folders):
     """`fresh_trunk()`: the trunk that the saved adapters belong to, loaded anew."""
 
     def make():
-        trunk = make_trunk("llama")
+        trunk = llama_trunk().eval()
         trunk.load_state_dict(folders[0])
         return trunk
 
