@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from modeling_pdt import PDTGenerationConfig
 from modeling_pdt.cadence import Cadence, interval_tokens
 from modeling_pdt.gate import RetryPolicy
 from modeling_pdt.gate_scale import GateScale
@@ -320,3 +321,15 @@ def test_the_measured_ratio_is_the_change_of_logits_by_the_noise_that_was_added(
     assert not noise[0, 2].any()
     assert noise.norm().item() == pytest.approx(0.5 * 12**0.5)
     assert meter.ratios(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 5.0]])).item() == pytest.approx(0.4)
+
+
+def test_groups_of_options_are_saved_with_the_model(tmp_path):
+    config = PDTGenerationConfig(
+        cadence={"mode": "stochastic", "interval": [3, 0.5]}, topology=[(0, 1)], logit_blend=0.5
+    )
+    config.save_pretrained(tmp_path)
+    again = PDTGenerationConfig.from_pretrained(tmp_path)
+    assert again.cadence == config.cadence and again.logit_blend == 0.5
+    assert again.topology == [[0, 1]] and again.gate_annealing is None
+    with pytest.raises(ValueError, match=r"cadence must be a mapping of \['mode', .*\], got 'stochastic'"):
+        PDTGenerationConfig(cadence="stochastic")
