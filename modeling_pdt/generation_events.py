@@ -64,8 +64,9 @@ class DecodingEvents:
         scores = [None] * len(rows_M) if agreement_M is None else agreement_M.tolist()
         state = (streams.block_start_R, streams.fed_R, streams.round_R, streams.attempt_R)
         places = torch.stack([rows_M, *(values[rows_M] for values in state)], dim=1).tolist()
-        decisions = zip(places, scores, withdrawn_M.tolist(), coverage, details, strict=True)
-        for (row, start, end, round_number, attempt), score, withdrawn, covered, more in decisions:
+        written = streams.tokens_RL[rows_M].tolist()
+        decisions = zip(places, written, scores, withdrawn_M.tolist(), coverage, details, strict=True)
+        for (row, start, end, round_number, attempt), tokens, score, withdrawn, covered, more in decisions:
             event = {
                 "prompt": row // self.num_streams,
                 "stream": row % self.num_streams,
@@ -75,7 +76,7 @@ class DecodingEvents:
                 "end": end,
                 "agreement": score,
                 "coverage": covered,
-                "tokens": streams.tokens_RL[row, start:end].tolist(),
+                "tokens": tokens[start:end],
                 "call": self.trace.calls,
                 "time_s": self.elapsed(),
                 **more,

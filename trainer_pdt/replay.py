@@ -101,9 +101,8 @@ class ReplayRecorder(ParallelDecodingCallback):
         self.tensors = {name: value for name, value in vars(inputs).items() if torch.is_tensor(value)}
         if inputs.criteria or inputs.custom_processors:
             raise ValueError("a replay cannot store logits_processor, stopping_criteria or stop_strings.")
-        if decoder.settings.sensitivity_probe is not None:
-            raise ValueError("a replay cannot store sensitivity_probe: it measures the model that a replay has not.")
-        self.best_two = not decoder.settings.do_sample and not any(inputs.processors)
+        settings = decoder.settings
+        self.best_two = not (settings.do_sample or settings.sensitivity_probe or any(inputs.processors))
         self.decoder = decoder
         for name, module in taped_modules(decoder.model).items():
             self.handles.append(module.register_forward_hook(self._hook(name)))

@@ -8,7 +8,7 @@ from trainer_pdt.manifest import SCHEMA_FILE, check_manifest, differences, manif
 from trainer_pdt.schema_check import check_schema
 from trainer_pdt.telemetry import read_json
 
-PARTS = ("trace", "plan", "commit", "rollback", "stream", "token")
+PARTS = ("trace", "plan", "commit", "rollback", "sensitivity", "stream", "token")
 
 
 @pytest.fixture
