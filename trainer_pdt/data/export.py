@@ -153,7 +153,10 @@ class Export:
         """The same dataset for `load_from_disk`, without traces of paths or times."""
         target = self.root / ARROW_FOLDER
         marker = target / "built_from.json"
-        if not self.options.save_arrow or (marker.is_file() and read_json(marker) == made_from):
+        if marker.is_file() and read_json(marker) == made_from:
+            return
+        shutil.rmtree(target, ignore_errors=True)
+        if not self.options.save_arrow:
             return
         part = self.root / f"{TEMPORARY}{ARROW_FOLDER}"
         cache = self.root / f"{TEMPORARY}cache"
@@ -164,8 +167,7 @@ class Export:
             info = DatasetInfo(features=DOCUMENT_FEATURES)
             splits[split] = Dataset(table, info=info, fingerprint=fingerprint([made_from, split])[:16])
         DatasetDict(splits).save_to_disk(str(part))
-        write_json(part / "built_from.json", made_from)
-        shutil.rmtree(target, ignore_errors=True)
+        write_json(part / marker.name, made_from)
         part.rename(target)
         shutil.rmtree(cache)
 

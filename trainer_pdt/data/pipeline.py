@@ -93,7 +93,9 @@ class DatasetBuilder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One build at a time in a folder; the lock ends with the process."""
+        """One build at a time in a folder of its own; the lock ends with the process."""
+        if self.root.exists() and not (self.root / LOCK_FILE).exists() and any(self.root.iterdir()):
+            raise ValueError(f"`output_dir` {self.root} holds other files, must be new, empty or a build's.")
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / LOCK_FILE, "w") as lock:
             try:

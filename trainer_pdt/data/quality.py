@@ -8,6 +8,9 @@ from .options import SplitOptions
 from .schema import Document
 from .teachers import Rejection
 
+MAX_DOMAINS = 50
+"""Domains that a report tells apart."""
+
 
 def check_quality(document: Document, options: SplitOptions) -> None:
     """Raises [`Rejection`] for a document that is lopsided, contradicts itself, or does not follow its plan."""
@@ -89,6 +92,11 @@ class QualityMeasures:
         self.domains.update(other.domains)
         self.streams.update(other.streams)
 
+    def _largest_domains(self) -> dict[str, int]:
+        found = dict(sorted(self.domains.most_common(MAX_DOMAINS)))
+        others = self.domains.total() - sum(found.values())
+        return {**found, "(others)": others} if others else found
+
     def report(self) -> dict[str, object]:
         """Counts, and shares of them: what the rows of the quality report are made of."""
         counts = self.counts
@@ -98,7 +106,7 @@ class QualityMeasures:
 
         return {
             "counts": dict(sorted(counts.items())),
-            "domains": dict(sorted(self.domains.items())),
+            "domains": self._largest_domains(),
             "streams": {str(number): count for number, count in sorted(self.streams.items())},
             "shares": {
                 "words per section": share("words", "sections"),

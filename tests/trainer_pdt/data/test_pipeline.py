@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from datasets import load_dataset, load_from_disk
@@ -18,7 +19,7 @@ from tests.test_recipes import run_training
 from tests.tiny_training import tokenizer
 from trainer_pdt import FeatureMaker
 from trainer_pdt.arguments import DataArguments
-from trainer_pdt.data import storage
+from trainer_pdt.data import export, storage
 from trainer_pdt.data.augmentation import other_orders
 from trainer_pdt.data.notes import readiness
 from trainer_pdt.data.publish import DOCUMENT_FEATURES, document_from_row
@@ -215,6 +216,37 @@ def test_one_build_at_a_time(copy):
     builder = make_builder(copy)
     with builder._locked(), pytest.raises(RuntimeError, match="another build is running"):
         builder.run()
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="holds other files"):
+        make_builder(tmp_path).run()
+    assert [path.name for path in tmp_path.rglob("*")] == ["dataset", "mine.txt"]
+
+
+def test_the_folder_is_uploaded(copy, monkeypatch):
+    calls = []
+
+    class Hub:
+        """Stands in for `HfApi`."""
+
+        def create_repo(self, name, **options):
+            calls.append((name, options["repo_type"], options["private"]))
+
+        def upload_folder(self, **options):
+            calls.append((options["repo_id"], options["repo_type"], sorted(all_bytes(Path(options["folder_path"])))))
+
+    monkeypatch.setattr(export, "HfApi", Hub)
+    make_builder(copy, push_to_hub=True, hub_dataset_id="someone/worlds").run()
+    assert calls == [
+        ("someone/worlds", "dataset", True),
+        ("someone/worlds", "dataset", sorted(all_bytes(copy / "dataset"))),
+    ]
+    assert 'load_dataset("someone/worlds")' in (copy / "dataset" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="without `hub_dataset_id`"):
+        make_builder(copy, push_to_hub=True)
 
 
 def test_dry_run_stops_after_the_first_stage(tmp_path):
