@@ -86,7 +86,9 @@ def test_training_takes_the_dataset(built):
 
 @pytest.mark.slow
 def test_the_training_recipe_runs_on_it(built, tmp_path):
-    done = run_training(tmp_path / "run", "--dataset_path", str(built / "dataset"), "--hard_fraction", "null")
+    stage = {"name": "bus", "until": 6, "train": ["snc", "writer"], "losses": {"lm_ce": 1.0}}
+    options = ["--dataset_path", str(built / "dataset"), "--hard_fraction", "null", "--stages", json.dumps([stage])]
+    done = run_training(tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
