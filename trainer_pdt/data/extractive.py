@@ -13,7 +13,15 @@ from itertools import pairwise
 from typing import Any
 
 from .schema import Entity, Fact, PlanItem, Span
-from .statements import KINDS, Statement, content_words, find_statements, split_sentences
+from .statements import (
+    KINDS,
+    Statement,
+    content_words,
+    cut_at_sentence,
+    find_statements,
+    split_sentences,
+    whole_value,
+)
 from .teachers import (
     SECTION_SEPARATOR,
     Plan,
@@ -175,10 +183,10 @@ class ExtractiveTeacher:
         for first, last in group_evenly(weights, count):
             headers = dict.fromkeys(header for header, _, _ in sections[first : last + 1] if header)
             header = _shorten(", ".join(headers) or f"Part {len(streams) + 1}", MAX_HEADER)
-            header = header if header not in seen else f"{header} ({len(streams) + 1})"
-            seen.add(header)
+            header = header if header.lower() not in seen else f"{header} ({len(streams) + 1})"
+            seen.add(header.lower())
             start = sections[first][1]
-            end = start + _cut(text[start : sections[last][2]], self.max_section_words)
+            end = start + cut_at_sentence(text[start : sections[last][2]], self.max_section_words)
             lead = next((sentence for _, sentence in split_sentences(text[start:end])), "")
             streams.append(StreamPlan(header, _shorten(lead, MAX_SUMMARY), start, end))
         return tuple(streams)
@@ -234,16 +242,6 @@ def group_evenly(weights: Sequence[int], count: int) -> list[tuple[int, int]]:
     return [(first, after - 1) for first, after in pairwise(starts)]
 
 
-def _cut(text: str, words: int) -> int:
-    """Length of the text's first `words` words, shortened to the last sentence that ends in them."""
-    ends = [found.end() for found in re.finditer(r"\S+", text)]
-    if len(ends) <= words:
-        return ends[-1]
-    limit = ends[words - 1]
-    sentences = [start + len(sentence) for start, sentence in split_sentences(text)]
-    return max((end for end in sentences if end <= limit), default=limit)
-
-
 def _shorten(text: str, limit: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0].rstrip(" ,;:") + " ..."
@@ -252,7 +250,7 @@ def _shorten(text: str, limit: int) -> str:
 def _mask(text: str, values: Sequence[str]) -> str:
     """The text with dots instead of values, longest first."""
     for value in sorted(values, key=len, reverse=True):
-        text = _whole(value).sub("...", text)
+        text = whole_value(value).sub("...", text)
     return text
 
 
@@ -262,10 +260,6 @@ def _request(source: SourceDocument, streams: Sequence[StreamPlan]) -> str:
     return REQUESTS[choice].format(title=title, count=NUMBER_WORDS[len(streams) - MIN_STREAMS])
 
 
-def _whole(value: str, flags: int = 0) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(value)}(?!\w)", flags)
-
-
 def _item_text(statement: Statement) -> str:
     return ITEM_TEXTS[statement.kind].format(cue=statement.cue)
 
@@ -273,7 +267,7 @@ def _item_text(statement: Statement) -> str:
 def _repetition(statement: Statement, text: str) -> int | None:
     """Where another section repeats a value. A number has to stand in a sentence that shares a word with its cue."""
     words = set(content_words(statement.cue))
-    for found in _whole(statement.value).finditer(text):
+    for found in whole_value(statement.value).finditer(text):
         if statement.kind in ("name", "identifier", "definition") or (
             statement.kind in ("field", "attribute") and statement.value[0].isupper()
         ):
@@ -289,13 +283,11 @@ def _repetition(statement: Statement, text: str) -> int | None:
 
 def _is_new(statement: Statement, chosen: Sequence[Statement], told: Sequence[str]) -> bool:
     """Whether nothing told or planned holds the value, no chosen value is in its cue, and cue and value are unused."""
-    value, own_text = _whole(statement.value, re.IGNORECASE), _item_text(statement)
+    value, own_text = whole_value(statement.value, True), _item_text(statement)
     if any(value.search(text) for text in (*told, *(_item_text(other) for other in chosen))):
         return False
     return not any(
-        other.cue == statement.cue
-        or other.value == statement.value
-        or _whole(other.value, re.IGNORECASE).search(own_text)
+        other.cue == statement.cue or other.value == statement.value or whole_value(other.value, True).search(own_text)
         for other in chosen
     )
 

@@ -100,6 +100,20 @@ def split_sentences(text: str) -> Iterator[tuple[int, str]]:
         yield start, text[start:].rstrip()
 
 
+def cut_at_sentence(text: str, words: int) -> int:
+    """Length of the text's first `words` words, shortened to the last sentence that ends in them."""
+    ends = [found.end() for found in re.finditer(r"\S+", text)]
+    if len(ends) <= words:
+        return ends[-1] if ends else 0
+    limit = ends[words - 1]
+    return max((start + len(one) for start, one in split_sentences(text) if start + len(one) <= limit), default=limit)
+
+
+def whole_value(value: str, ignore_case: bool = False) -> re.Pattern[str]:
+    """Finds a value where it is not a part of another word."""
+    return re.compile(rf"(?<!\w){re.escape(value)}(?!\w)", re.IGNORECASE if ignore_case else 0)
+
+
 def content_words(text: str) -> list[str]:
     """Words that carry meaning, in lower case."""
     return [word for word in (found.lower() for found in _WORD.findall(text)) if word not in STOP_WORDS]

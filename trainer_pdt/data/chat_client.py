@@ -1,0 +1,316 @@
+"""Asks a chat model for an answer of a fixed form, until it has one, within limits.
+
+Limits on requests in flight, time, attempts and cost; every answer is kept, and none is paid for twice.
+"""
+
+import hashlib
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import InferenceClient, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
+
+from .chat_answers import InvalidAnswer
+from .chat_store import FINISHED, AnswerStore, Usage
+from .teachers import Rejection
+
+Answer = TypeVar("Answer")
+
+BYTES_PER_TOKEN = 4
+"""UTF-8 bytes per token, for estimates."""
+
+FEWEST_BYTES_PER_TOKEN = 2
+"""The same where an estimate may not be exceeded: what a request reserves of the budget."""
+
+MAX_BACKOFF_S = 60.0
+FATAL_STATUS, TEMPORARY_STATUS = (401, 402, 403, 404, 405), (408, 409, 425, 429)
+TEMPORARY = ("rate_limited", "server_error", "timed_out", "connection_failed")
+
+CORRECTION = "Your answer cannot be used: {problem} Give the whole answer again, as JSON and with this corrected."
+
+
+class BudgetExceeded(RuntimeError):
+    """The next request may cost more than the budget has left. What is finished is kept."""
+
+
+class ServerUnavailable(RuntimeError):
+    """The server answers nothing any more, or refuses every request. What is finished is kept."""
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """
+    What a model is asked.
+
+    Args:
+        model (`str`): Its name.
+        messages (`tuple[tuple[str, str]]`): (role, text).
+        schema (`dict`): JSON Schema of the answer.
+        max_tokens (`int`): Tokens of the first attempt; doubled where an answer was cut off.
+        temperature (`float`), seed (`int`): Of sampling.
+        version (`int`): Of the rules by which the answer is read.
+    """
+
+    model: str
+    messages: tuple[tuple[str, str], ...]
+    schema: Mapping[str, Any]
+    max_tokens: int
+    temperature: float
+    seed: int
+    version: int
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of all that the answer depends on."""
+        parts = [self.model, self.messages, self.schema, self.temperature, self.seed, self.version]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def bytes(self) -> int:
+        """UTF-8 bytes of what is sent."""
+        return sum(len(text.encode()) for _, text in self.messages) + len(json.dumps(self.schema))
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """
+    How a server is asked.
+
+    Args:
+        store (`Path`): File of the answers, see [`AnswerStore`].
+        base_url (`str`, *optional*): Of any OpenAI-compatible server, for example `http://localhost:8000/v1`;
+            missing = a provider of the Hub.
+        provider (`str`, *optional*): Provider of the Hub; missing = its choice.
+        api_key_variable (`str`, *optional*): Environment variable that holds the key. Missing: the token that the Hub
+            has stored, for its own providers only; servers at a `base_url` get no secret.
+        max_concurrency (`int`): Most requests in flight.
+        timeout_s (`float`): Longest wait for an answer.
+        attempts (`int`): Most requests per answer.
+        backoff_s (`float`): Wait before the second attempt, doubled for each further one.
+        max_answer_tokens (`int`): Most tokens of an answer, however often it was cut off.
+        prices (`Mapping[str, tuple[float, float]]`): US dollars per million input and output tokens, by model.
+        budget_tokens (`int`, *optional*), budget_usd (`float`, *optional*): Caps on all requests of the store.
+    """
+
+    store: Path
+    base_url: str | None = None
+    provider: str | None = None
+    api_key_variable: str | None = None
+    max_concurrency: int = 8
+    timeout_s: float = 120.0
+    attempts: int = 6
+    backoff_s: float = 1.0
+    max_answer_tokens: int = 16_000
+    prices: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    budget_tokens: int | None = None
+    budget_usd: float | None = None
+
+    def usage(self, model: str, input_tokens: float, output_tokens: float) -> Usage:
+        """Tokens with their price."""
+        price_in, price_out = self.prices.get(model, (0.0, 0.0))
+        cost = (input_tokens * price_in + output_tokens * price_out) / 1e6
+        return Usage(int(input_tokens), int(output_tokens), cost)
+
+
+class _Failure(Exception):
+    """An attempt that gave no usable answer.
+
+    Args:
+        reason (`str`), detail (`str`): Why.
+        usage ([`Usage`]): What it took.
+        wait_s (`float`, *optional*): Seconds that the server asks for; missing = the usual wait.
+        is_answer (`bool`): The model answered, and is told what is wrong.
+    """
+
+    def __init__(
+        self, reason: str, detail: str, usage: Usage, wait_s: float | None = None, is_answer: bool = False
+    ) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail, self.usage = reason, detail, usage
+        self.wait_s, self.is_answer = wait_s, is_answer
+
+
+def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The wish for an answer of a JSON Schema, as OpenAI-compatible servers take it."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema), "strict": True}}
+
+
+class _SchemaClient(InferenceClient):
+    """For a server at a `base_url`, `InferenceClient` writes schemas as TGI does; others would ignore that form."""
+
+    def _inner_post(self, request_parameters: Any, **choices: Any) -> Any:
+        form = request_parameters.json["response_format"]
+        if form["type"] == "json_object":
+            request_parameters.json["response_format"] = response_format(form["value"])
+        return super()._inner_post(request_parameters, **choices)
+
+
+class ChatClient:
+    """
+    Asks until an answer can be used, gives up after some attempts. Safe to call from many threads.
+
+    Args:
+        options ([`ChatOptions`]): How.
+        api_key (`str`, *optional*): The key.
+    """
+
+    def __init__(self, options: ChatOptions, api_key: str | None) -> None:
+        if is_offline_mode():
+            raise ServerUnavailable("HF_HUB_OFFLINE is set, and a chat teacher's requests go through huggingface_hub.")
+        self.options = options
+        self.store = AnswerStore(options.store, options.budget_tokens, options.budget_usd)
+        # Without a key the client would send the Hub's token to whatever server is named.
+        token = api_key or ("none" if options.base_url else None)
+        self._client = _SchemaClient(
+            base_url=options.base_url,
+            provider=options.provider,  # type: ignore[arg-type]
+            token=token,
+            timeout=options.timeout_s,
+        )
+        self._places = threading.Semaphore(options.max_concurrency)
+        self._settled = threading.Condition()
+        self._in_flight = self._failures_in_a_row = 0
+
+    def ask(self, request: ChatRequest, read: Callable[[str], Answer]) -> Answer:
+        """
+        The answer to a request, from the store if it is there.
+
+        Args:
+            request ([`ChatRequest`]): The request.
+            read (`Callable[[str], Answer]`): Makes the answer of the model's text; raises [`InvalidAnswer`].
+
+        Raises:
+            [`Rejection`]: After the last attempt, with the reason of its failure; at once if the server refuses just
+                this request (`refused_request`).
+            [`BudgetExceeded`], [`ServerUnavailable`]: The build has to stop.
+        """
+        stored = self.store.answer(request.key)
+        if stored is not None:
+            return read(stored)
+        max_tokens, problem = request.max_tokens, None
+        for attempt in range(self.options.attempts):
+            try:
+                return self._attempt(request, max_tokens, problem, read)
+            except _Failure as failure:
+                last = failure
+            if last.reason == "no_access":
+                raise ServerUnavailable(f"the server refuses all requests: {last.detail}") from last
+            if last.reason == "refused_request":
+                break
+            if last.reason == "truncated_answer":
+                max_tokens = min(2 * max_tokens, self.options.max_answer_tokens)
+            if last.is_answer:
+                problem = last.detail
+            elif attempt + 1 < self.options.attempts:
+                self._wait(attempt, last.wait_s)
+        raise Rejection(last.reason, last.detail)
+
+    def _attempt(
+        self, request: ChatRequest, max_tokens: int, problem: str | None, read: Callable[[str], Answer]
+    ) -> Answer:
+        """One request, entered before and settled after; raises `_Failure`."""
+        most = self._most(request, max_tokens, problem)
+        number = self._reserve(request, most)
+        outcome, usage, text = "stopped", most, None
+        try:
+            text, usage = self._send(request, max_tokens, problem, most)
+            answer = read(text)
+            outcome = FINISHED
+            return answer
+        except _Failure as failure:
+            outcome, usage = failure.reason, failure.usage
+            raise
+        except InvalidAnswer as invalid:
+            outcome = invalid.reason
+            raise _Failure(invalid.reason, invalid.detail, usage, is_answer=True) from invalid
+        finally:
+            self._settle(number, outcome, usage, text if outcome == FINISHED else None)
+
+    def _most(self, request: ChatRequest, max_tokens: int, problem: str | None) -> Usage:
+        size = request.bytes() + len((problem or "").encode())
+        return self.options.usage(request.model, size / FEWEST_BYTES_PER_TOKEN + 64, max_tokens)
+
+    def _reserve(self, request: ChatRequest, most: Usage) -> int:
+        """Enters the request; waits where only requests in flight leave the budget no room."""
+        with self._settled:
+            while (number := self.store.reserve(request.key, most)) is None:
+                if not self._in_flight:
+                    tokens, cost = self.store.spent()
+                    raise BudgetExceeded(
+                        f"the next request may take {most.tokens} tokens (${most.cost_usd:.4f}); spent: {tokens} of "
+                        f"budget_tokens={self.options.budget_tokens} and ${cost:.4f} of "
+                        f"budget_usd={self.options.budget_usd}. Raise the budget to go on; what is finished is kept."
+                    )
+                self._settled.wait()
+            self._in_flight += 1
+        return number
+
+    def _settle(self, number: int, outcome: str, usage: Usage, answer: str | None = None) -> None:
+        with self._settled:
+            self.store.settle(number, outcome, usage, answer)
+            self._in_flight -= 1
+            is_temporary = outcome in TEMPORARY
+            self._failures_in_a_row = self._failures_in_a_row + 1 if is_temporary else 0
+            self._settled.notify_all()
+        if self._failures_in_a_row >= self.options.attempts * self.options.max_concurrency:
+            raise ServerUnavailable(
+                f"{self._failures_in_a_row} requests in a row failed ({outcome}). What is finished is kept."
+            )
+
+    def _send(self, request: ChatRequest, max_tokens: int, problem: str | None, most: Usage) -> tuple[str, Usage]:
+        """The model's text and what it took; a request without a count may have taken the most."""
+        messages = [{"role": role, "content": text} for role, text in request.messages]
+        if problem is not None:
+            messages.append({"role": "user", "content": CORRECTION.format(problem=problem)})
+        try:
+            with self._places:
+                output = self._client.chat_completion(
+                    messages,
+                    model=request.model,
+                    max_tokens=max_tokens,
+                    temperature=request.temperature,
+                    seed=request.seed,
+                    response_format=response_format(request.schema),  # type: ignore[arg-type]
+                )
+        except InferenceTimeoutError as error:
+            raise _Failure("timed_out", f"no answer in {self.options.timeout_s} s", most) from error
+        except HfHubHTTPError as error:
+            raise _http_failure(error) from error
+        except HTTPError as error:
+            raise _Failure("connection_failed", f"{type(error).__name__}: {error}"[:200], most) from error
+        except ValueError as error:
+            raise _Failure("malformed_response", f"{type(error).__name__}: {error}"[:200], most) from error
+        return self._text(request, output, most)
+
+    def _text(self, request: ChatRequest, output: Any, most: Usage) -> tuple[str, Usage]:
+        """The text of a response; usage as the server counts it, else the most that it may be."""
+        usage, choices = most, getattr(output, "choices", None)
+        if getattr(output, "usage", None) is not None:
+            usage = self.options.usage(request.model, output.usage.prompt_tokens, output.usage.completion_tokens)
+        if not choices or not isinstance(choices[0].message.content, str):
+            raise _Failure("malformed_response", "the response holds no text", usage)
+        if choices[0].finish_reason == "length":
+            raise _Failure("truncated_answer", f"cut off after {usage.output_tokens} tokens", usage, 0.0)
+        return choices[0].message.content, usage
+
+    def _wait(self, attempt: int, wait_s: float | None) -> None:
+        if wait_s is None:
+            wait_s = self.options.backoff_s * 2**attempt * (0.5 + random.random() / 2)
+        time.sleep(min(wait_s, MAX_BACKOFF_S))
+
+
+def _http_failure(error: HfHubHTTPError) -> _Failure:
+    """How a refusal is taken; a refused request costs nothing."""
+    status = error.response.status_code
+    if status in FATAL_STATUS:
+        return _Failure("no_access", str(error)[:300], Usage())
+    if status in TEMPORARY_STATUS or status >= 500:
+        asked = error.response.headers.get("retry-after", "")
+        wait_s = float(asked) if asked.replace(".", "", 1).isdigit() else None
+        return _Failure("rate_limited" if status == 429 else "server_error", f"status {status}", Usage(), wait_s)
+    return _Failure("refused_request", f"status {status}: {error}"[:300], Usage())
