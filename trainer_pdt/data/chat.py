@@ -214,6 +214,7 @@ def read_notes(source: SourceDocument, plan: Plan, text: str) -> tuple[SectionNo
     sections = [source.text[stream.start : stream.end] for stream in plan.streams]
     told = "\n".join([plan.prompt, *(s.header for s in plan.streams), *(item.text for item in plan.items)])
     owners = {item.item_id: item.stream for item in plan.items}
+    lines = {item.item_id: item.text.lower() for item in plan.items}
     entities = {"e0": Entity("e0", source.title or plan.prompt, source.domain)}
     entities |= {e.id: Entity(e.id, e.name, e.type, e.aliases) for e in answer.entities if e.id not in entities}
     notes = [_Section(number, section) for number, section in enumerate(sections)]
@@ -226,7 +227,7 @@ def read_notes(source: SourceDocument, plan: Plan, text: str) -> tuple[SectionNo
             continue
         value = statement.value
         fits = value not in values.values() if number == owner else values.get(statement.item_id) == value
-        is_told = whole_value(value, True).search(told)
+        is_told = value.lower() in lines[statement.item_id] or whole_value(value, True).search(told)
         if fits and not is_told and notes[number].add(statement, owner, entities):
             values.setdefault(statement.item_id, value)
     if not values:

@@ -283,11 +283,12 @@ def _repetition(statement: Statement, text: str) -> int | None:
 
 def _is_new(statement: Statement, chosen: Sequence[Statement], told: Sequence[str]) -> bool:
     """Whether nothing told or planned holds the value, no chosen value is in its cue, and cue and value are unused."""
-    value, own_text = whole_value(statement.value, True), _item_text(statement)
-    if any(value.search(text) for text in (*told, *(_item_text(other) for other in chosen))):
+    value, own_text = statement.value, _item_text(statement)
+    plan_texts = [*told, *(_item_text(other) for other in chosen)]
+    if value.lower() in own_text.lower() or any(whole_value(value, True).search(text) for text in plan_texts):
         return False
     return not any(
-        other.cue == statement.cue or other.value == statement.value or whole_value(other.value, True).search(own_text)
+        other.cue == statement.cue or other.value == value or whole_value(other.value, True).search(own_text)
         for other in chosen
     )
 

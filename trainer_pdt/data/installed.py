@@ -5,21 +5,55 @@ packages, and docstrings with underlined headings. Nothing is imported from the 
 """
 
 import ast
+import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import Distribution, distributions
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from .markup import split_sections
 from .teachers import SourceDocument
+
+INSTALLED_VERSION = 1
+"""Raised when other documents are found in the same environment."""
 
 DOMAIN = "documentation"
 MAX_CHARACTERS = 1_000_000
 _FILES = (".md", ".rst")
 _SKIPPED = ("dist-info", "license", "licence", "copying", "template")
 _HEADED = re.compile(r"^\s*(?:-{3,}|={3,}|~{3,})\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class InstalledSource:
+    """
+    The documents of this environment; with other packages they are others.
+
+    Args:
+        limit (`int`, *optional*): Most documents; missing = all.
+        split (`str`, *optional*): Split that the documents go to; drawn when missing.
+    """
+
+    limit: int | None = None
+    split: str | None = None
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The fields, the interpreter's version and those of all packages."""
+        packages = {name: item.version for name, item in _installed()}
+        return {
+            **asdict(self),
+            "version": INSTALLED_VERSION,
+            "python": platform.python_version(),
+            "packages": packages,
+        }
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[SourceDocument]:
+        """The documents."""
+        return (replace(document, split=self.split) for document in installed_documents(self.limit))
 
 
 def installed_documents(limit: int | None = None) -> Iterator[SourceDocument]:

@@ -8,6 +8,11 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
+MARKUP_VERSION = 1
+"""Raised when the same text gives other sections."""
+
+MARKUP_FILES = (".md", ".markdown", ".rst")
+
 OVERVIEW = "Overview"
 """Header of the text before the first heading, or between the title and the next one."""
 

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .chat import ChatTeacher
 from .export import Export
+from .extractive import ExtractiveTeacher
 from .options import BuildOptions, ExportOptions, NotesOptions, PlanOptions, PreflightOptions, SplitOptions
 from .preflight import Preflight, source_from_row
 from .runner import Mapper, process_mapper, remove_shards_from, run_stage
@@ -18,7 +20,7 @@ from .storage import read_shard
 from .teachers import Teacher
 from .worlds_teacher import ProceduralTeacher
 
-TEACHERS: dict[str, type] = {"procedural": ProceduralTeacher}
+TEACHERS: dict[str, type] = {"procedural": ProceduralTeacher, "extractive": ExtractiveTeacher, "chat": ChatTeacher}
 LOCK_FILE = ".lock"
 
 

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO, Protocol
 
 from datasets import load_dataset
 
+from .installed import InstalledSource
+from .markup import MARKUP_FILES, MARKUP_VERSION, split_sections
 from .splits import SPLITS
 from .storage import Reject, file_digest, read_parquet
 from .teachers import SourceDocument
@@ -214,15 +216,22 @@ class JsonLinesSource(_Files):
 
 @dataclass(frozen=True)
 class TextSource(_Files):
-    """Text files, one document each; the id is made of the path."""
+    """
+    Text files, one document each; the id is made of the path. Markdown and reStructuredText are cut at their headings,
+    other files are one section.
+    """
 
     def __post_init__(self) -> None:
         if self.columns:
             raise ValueError(f"`columns` of source {self.name!r} is {self.columns!r}, text files have none.")
 
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Fields, files, and the version of what reads headings."""
+        return {**super().fingerprint(), "markup": MARKUP_VERSION}
+
     def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
         """One per file."""
-        columns = Columns(id="path", title="title", text="text")
+        columns = Columns(id="path", title="title", sections="sections")
         for number, path in enumerate(self.paths()):
             place = f"{self.name}-{number:08d}"
             with open(path, "rb") as stream:
@@ -235,7 +244,9 @@ class TextSource(_Files):
             except UnicodeDecodeError as error:
                 yield Reject(place, "invalid_utf8", f"{error.reason} at byte {error.start}")
                 continue
-            row = {"path": path.as_posix(), "title": path.stem, "text": text}
+            title, sections = split_sections(text) if path.suffix.lower() in MARKUP_FILES else ("", (("", text),))
+            parts = [{"header": header, "text": part} for header, part in sections]
+            row = {"path": path.as_posix(), "title": title or path.stem, "sections": parts}
             yield columns.document(row, self.name, number, self.domain or self.name, self.split)
 
 
@@ -295,6 +306,7 @@ SOURCES: dict[str, type] = {
     "text": TextSource,
     "parquet": ParquetSource,
     "hub": HubSource,
+    "installed": InstalledSource,
 }
 
 
