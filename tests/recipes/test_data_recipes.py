@@ -51,11 +51,11 @@ def check_training_input(folder):
 
 def sentences(number, place):
     """A section about a river with a fact that the first section owns."""
-    head = f"The river reaches a depth of {10 + number} m near the old mill." if place == 0 else f"The path has {20 + number} steps."
+    heads = (f"The river reaches a depth of {10 + number} m near the old mill.", f"The path has {20 + number} steps.")
     tail = f"It was measured in {1800 + number} by Anna Mill{'abcdefghij'[number % 10]}er of this valley."
     rest = "Walkers follow the water for hours and rest under the trees that have always stood here, as they say."
     repeat = f"The depth is {10 + number} m where the path ends." if place else tail
-    return f"{head} {rest} {repeat}"
+    return f"{heads[place]} {rest} {repeat}"
 
 
 def test_the_extractive_teacher_builds_a_dataset_to_train_on(tmp_path):
