@@ -61,11 +61,17 @@ def documents_to_dataset(documents: Iterable[Document]) -> Dataset:
     return Dataset.from_list([document.to_dict() for document in documents], features=DOCUMENT_FEATURES)
 
 
-def load_published(path: str) -> DatasetDict:
-    """A published dataset: a folder of `save_to_disk`, a folder of parquet files with a card, or a Hub id."""
+def load_published(path: str, cache_dir: str | None = None) -> DatasetDict:
+    """A published dataset: a folder of `save_to_disk`, a folder that a build exported, or a Hub id."""
     if (Path(path) / "dataset_dict.json").is_file():
         return load_from_disk(path)
-    return load_dataset(path)
+    splits: dict[str, list[str]] = {}
+    for file in sorted(Path(path).resolve().glob("data/*.parquet")):
+        splits.setdefault(file.name.split("-")[0], []).append(str(file))
+    if splits:
+        # Of a folder, the cache of `load_dataset` may know no more than its name; of files it knows path and time.
+        return load_dataset("parquet", data_files=splits, cache_dir=cache_dir)
+    return load_dataset(path, cache_dir=cache_dir)
 
 
 def document_from_row(row: Mapping[str, Any]) -> Document:
