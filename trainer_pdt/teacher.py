@@ -208,5 +208,5 @@ def predict(
     output = model(**inputs, logits_mask=nothing_RT)
     hidden_MD, output.last_hidden_state = output.last_hidden_state[positions_RT], None
     head = extract_model_from_parallel(model).get_output_embeddings()
-    hidden_MD = hidden_MD.to(head.weight.dtype)
-    return output, digest((head(part) for part in hidden_MD.split(LOGIT_ROWS)), top_k, temperatures, tokens_M)
+    logits = ChunkedLogits(hidden_MD.to(head.weight.dtype), head, LOGIT_ROWS)
+    return output, digest(logits.chunks(), top_k, temperatures, tokens_M)

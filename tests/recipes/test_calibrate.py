@@ -43,7 +43,7 @@ def test_thresholds_reach_the_next_load(recipe, tmp_path, monkeypatch):
     model.save_pretrained(folder, include_trunk=True)
     tokenizer().save_pretrained(folder)
     report = recipe.main(["--model", str(folder), "--calibration_documents", "4", "--threads", "1"])
-    assert set(report) == {"agreement", "agreement_planted", "coverage"}
+    assert set(report) == {"agreement", "agreement_judgeable", "agreement_planted", "coverage"}
     loaded = PDTForParallelDecoding.from_pretrained(folder).generation_config
     for head in ("agreement", "coverage"):
         written = read_json(folder / f"{head}_thresholds.json")

@@ -29,13 +29,20 @@ class ChunkedLogits:
         """The same logits without gradient."""
         return ChunkedLogits(self.hidden_MD.detach(), self.head, self.rows)
 
+    def logits(self, hidden_mD: Tensor) -> Tensor:
+        """
+        The head's own `forward`: ZeRO-3 wants a module called equally often in all processes, which have different
+        numbers of tokens, and counts by the hooks of calls. The head is whole there, see `keep_gathered`.
+        """
+        return self.head.forward(hidden_mD)
+
     def chunks(self) -> Iterator[Tensor]:
         """The logits in parts; with gradient each stays in memory as long as its graph."""
-        return (self.head(part) for part in self.hidden_MD.split(self.rows))
+        return (self.logits(part) for part in self.hidden_MD.split(self.rows))
 
     def whole(self) -> Tensor:
         """All of them, for what needs them together."""
-        return self.head(self.hidden_MD)
+        return self.logits(self.hidden_MD)
 
 
 def by_chunk(loss: Callable[..., Tensor], logits_MV: Tensor | ChunkedLogits, *others: Any, **settings: Any) -> Tensor:
@@ -54,7 +61,7 @@ def by_chunk(loss: Callable[..., Tensor], logits_MV: Tensor | ChunkedLogits, *ot
 
     def piece_loss(hidden_mD: Tensor, start: int) -> Tensor:
         place = slice(start, start + rows)
-        return loss(logits_MV.head(hidden_mD), *(other[place] for other in others), **settings)
+        return loss(logits_MV.logits(hidden_mD), *(other[place] for other in others), **settings)
 
     starts = range(0, max(1, len(hidden_MD)), rows)
     again = partial(checkpoint, piece_loss, use_reentrant=False, preserve_rng_state=False)
