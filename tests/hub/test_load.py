@@ -7,7 +7,7 @@ import pytest
 
 from tests.hub.conftest import OTHER_TOKEN, OWNER_TOKEN
 
-SLOW = pytest.mark.slow
+pytestmark = pytest.mark.slow
 EQUAL = {"difference": 0.0, "tokens": True}
 
 
@@ -18,35 +18,32 @@ def asked(hub):
     return lambda: hub.requests[start:]
 
 
-@pytest.mark.parametrize("kind", ["model", pytest.param("causal", marks=SLOW)])
-@pytest.mark.parametrize("repo", ["owner/pdt", pytest.param("owner/whole", marks=SLOW)])
+@pytest.mark.parametrize("kind", ["model", "causal"])
+@pytest.mark.parametrize("repo", ["owner/pdt", "owner/whole"])
 def test_auto_classes_without_the_package(visit, published, kind, repo):
     value, _ = visit("load", kind, repo, published.case)
     assert value.pop("kind").startswith("transformers_modules.")
     assert value == EQUAL
 
 
-@pytest.mark.parametrize("repo", ["owner/pdt", pytest.param("owner/whole", marks=SLOW)])
+@pytest.mark.parametrize("repo", ["owner/pdt", "owner/whole"])
 def test_the_package_runs_no_remote_code(visit, published, repo, asked):
     value, _ = visit("composite", repo, published.case, package=True)
     assert value == {**EQUAL, "kind": "modeling_pdt.modeling_pdt"}
     assert not [path for _, path, _ in asked() if path.endswith(".py")]
 
 
-@pytest.mark.slow
 def test_peft_view(visit, published):
     value, _ = visit("peft_view", "owner/pdt", published.case, package=True)
     assert value["difference"] == 0.0
 
 
-@pytest.mark.slow
 def test_configuration_alone(visit, published):
     value, _ = visit("read_config", "owner/pdt")
     assert value.pop("module").startswith("transformers_modules.")
     assert value == {"trunk": "owner/trunk", "block_size": 4}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("package_first", [True, False])
 def test_package_and_remote_copy_in_one_process(visit, published, package_first):
     value, _ = visit("copies_together", "owner/pdt", published.case, package_first, package=True)
@@ -57,7 +54,6 @@ def test_package_and_remote_copy_in_one_process(visit, published, package_first)
     assert value == {"package": EQUAL, "remote": EQUAL}
 
 
-@pytest.mark.slow
 def test_revision(visit, published):
     untrained = published.urls["untrained"].rsplit("/", 1)[1]
     for revision, equal in ((untrained, False), ("main", True)):
@@ -67,7 +63,6 @@ def test_revision(visit, published):
             assert (value["difference"] == 0.0, value["tokens"]) == (equal, equal), (revision, name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("package", [False, True])
 def test_a_private_repository_needs_its_owner(visit, published, package):
     words = ("composite", "owner/secret") if package else ("load", "model", "owner/secret")
@@ -80,7 +75,7 @@ def test_a_private_repository_needs_its_owner(visit, published, package):
     assert (value["difference"], value["tokens"]) == (0.0, True)
 
 
-@pytest.mark.parametrize("package", [pytest.param(False, marks=SLOW), True])
+@pytest.mark.parametrize("package", [False, True])
 def test_cache_folder_and_offline(visit, published, tmp_path, asked, package):
     words = ("composite", "owner/pdt") if package else ("load", "causal", "owner/pdt")
     options = {"package": package, "cache_dir": str(tmp_path)}
@@ -96,7 +91,6 @@ def test_cache_folder_and_offline(visit, published, tmp_path, asked, package):
     assert [request for request in asked()[seen:] if request not in own] == []
 
 
-@pytest.mark.slow
 def test_arguments_reach_the_trunk(visit, published, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
@@ -110,7 +104,6 @@ def test_arguments_reach_the_trunk(visit, published, tmp_path):
     }
 
 
-@pytest.mark.slow
 def test_forks_and_renamed_repositories(visit, published, hub):
     hub.fork("owner/whole", "other/copy")
     hub.fork("owner/whole", "owner/before")
@@ -122,14 +115,12 @@ def test_forks_and_renamed_repositories(visit, published, hub):
         assert (value["difference"], value["tokens"]) == (0.0, True), repo
 
 
-@pytest.mark.slow
 def test_a_saved_copy_of_a_published_model(visit, published, tmp_path):
     value, _ = visit("save_again", "owner/whole", published.case, str(tmp_path / "copy"))
     assert (value["difference"], value["tokens"]) == (0.0, True)
     assert (tmp_path / "copy" / "modeling_pdt.py").read_bytes() == Path("modeling_pdt/modeling_pdt.py").read_bytes()
 
 
-@pytest.mark.slow
 def test_text_generation_pipeline(visit, published):
     value, _ = visit("write_text", "owner/pdt")
     assert len(value) == 3
@@ -137,7 +128,6 @@ def test_text_generation_pipeline(visit, published):
     assert len(set(value)) > 1
 
 
-@pytest.mark.slow
 def test_a_load_reads_one_commit_of_adapters_and_trunk(visit, published, hub, asked, tmp_path):
     config = json.loads(hub.files("owner/pdt")["config.json"])
     trunk = hub.repositories["model", "owner/trunk"]

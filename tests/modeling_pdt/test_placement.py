@@ -283,6 +283,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_layers_as_units_of_fsdp(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(SHARDED), str(tmp_path / "store")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
