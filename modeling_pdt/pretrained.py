@@ -127,7 +127,8 @@ class PDTPretrained:
         if include_trunk:
             save_trunk(self.trunk, folder / TRUNK_SUBFOLDER)
             config.trunk_name_or_path, config.trunk_revision = TRUNK_SUBFOLDER, None
-        config.architectures = [type(self).__name__]
+        # Not the object's own class: FSDP2 gives a model one of another name.
+        config.architectures = [AUTO_MAP["AutoModel"].rpartition(".")[2]]
         config.auto_map = dict(AUTO_MAP)
         config.save_pretrained(folder)
         copy_code(folder)

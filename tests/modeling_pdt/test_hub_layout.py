@@ -341,3 +341,9 @@ def test_another_trunk_is_an_error(saved, make_trunk):
 def test_a_model_needs_a_trunk():
     with pytest.raises(ValueError, match="from_trunk"):
         PDTForParallelDecoding(PDTConfig())
+
+
+def test_the_saved_class_is_ours_whatever_a_wrapper_calls_it(model, tmp_path):
+    model.__class__ = type("FSDPPDTForParallelDecoding", (type(model),), {})
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["PDTForParallelDecoding"]
