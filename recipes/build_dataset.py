@@ -6,18 +6,9 @@ A build that was stopped goes on where it was; `--dry_run` only says what the te
 from datasets import disable_progress_bars
 
 from hub_cards import template_path
-from trainer_pdt.data.options import (
-    BuildOptions,
-    ExportOptions,
-    NotesOptions,
-    PlanOptions,
-    PreflightOptions,
-    SplitOptions,
-)
+from trainer_pdt.data.options import OPTIONS
 from trainer_pdt.data.pipeline import DatasetBuilder
 from trainer_pdt.parser import RecipeParser
-
-OPTIONS = (BuildOptions, PreflightOptions, PlanOptions, NotesOptions, SplitOptions, ExportOptions)
 
 
 def main() -> None:

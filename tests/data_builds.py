@@ -9,19 +9,11 @@ from typing import Any
 from datasets import disable_progress_bars
 
 from hub_cards import template_path
-from trainer_pdt.data.options import (
-    BuildOptions,
-    ExportOptions,
-    NotesOptions,
-    PlanOptions,
-    PreflightOptions,
-    SplitOptions,
-)
+from trainer_pdt.data.options import OPTIONS
 from trainer_pdt.data.pipeline import DatasetBuilder
 from trainer_pdt.data.schema import PlanItem
 from trainer_pdt.data.teachers import Plan, SectionNotes, SourceDocument, StreamPlan
 
-OPTIONS = (BuildOptions, PreflightOptions, PlanOptions, NotesOptions, SplitOptions, ExportOptions)
 WORLDS = {
     "sources": [{"kind": "worlds", "count": 21}],
     "shard_size": 8,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_pdt.plan import PlanEntry, StreamPlan, parse_outline, read_contract
+from trainer_pdt.data.schema import Document, PlanItem, Stream
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 CONTRACT = {
@@ -47,9 +48,8 @@ def test_a_contract_is_its_items_and_headers(make_model):
 
 
 def test_a_document_of_the_dataset_is_a_contract():
-    schema = pytest.importorskip("trainer_pdt.data.schema")
-    item, stream = schema.PlanItem("s0/mayor", "mayor", 0), schema.Stream(0, "People", "", "The mayor is Ona.")
-    document = schema.Document("d", "worlds", (), "Describe.", (item,), (stream,)).to_dict()
+    item, stream = PlanItem("s0/mayor", "mayor", 0), Stream(0, "People", "", "The mayor is Ona.")
+    document = Document("d", "worlds", (), "Describe.", (item,), (stream,)).to_dict()
     assert read_contract(document, 1) == ([PlanEntry("mayor", 0)], ["People"])
     assert read_contract({"items": document["items"]}, 3) == ([PlanEntry("mayor", 0)], [])
 

@@ -7,13 +7,7 @@ import torch
 
 from modeling_pdt.adapter_layer import PDTStack
 from tests.tiny_training import make_arguments, make_collator, make_features, make_model
-from trainer_pdt.branches import (
-    build_rollout,
-    reread,
-    run_branches,
-    silence,
-    student_rollout,
-)
+from trainer_pdt.branches import build_rollout, reread, run_branches, silence, student_rollout
 from trainer_pdt.callbacks import parameter_group
 from trainer_pdt.curriculum import LOSS_NAMES, PARAMETER_GROUPS, Stage
 from trainer_pdt.losses import TopKTeacher, supervised_positions, token_ce, weighted_total

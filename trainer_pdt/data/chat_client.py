@@ -238,6 +238,7 @@ class ChatClient:
     def _reserve(self, request: ChatRequest, most: Usage) -> int:
         """Enters the request; waits where only requests in flight leave the budget no room."""
         with self._settled:
+            self._require_server()
             while (number := self.store.reserve(request.key, most)) is None:
                 if not self._in_flight:
                     tokens, cost = self.store.spent()
@@ -247,6 +248,7 @@ class ChatClient:
                         f"budget_usd={self.options.budget_usd}. Raise the budget to go on; what is finished is kept."
                     )
                 self._settled.wait()
+                self._require_server()
             self._in_flight += 1
         return number
 
@@ -257,9 +259,13 @@ class ChatClient:
             is_temporary = outcome in TEMPORARY
             self._failures_in_a_row = self._failures_in_a_row + 1 if is_temporary else 0
             self._settled.notify_all()
+            self._require_server()
+
+    def _require_server(self) -> None:
+        """Raises where too many requests in a row failed: nothing more is sent."""
         if self._failures_in_a_row >= self.options.attempts * self.options.max_concurrency:
             raise ServerUnavailable(
-                f"{self._failures_in_a_row} requests in a row failed ({outcome}). What is finished is kept."
+                f"{self._failures_in_a_row} requests in a row failed. What is finished is kept; run the build again."
             )
 
     def _send(self, request: ChatRequest, max_tokens: int, problem: str | None, most: Usage) -> tuple[str, Usage]:

@@ -192,3 +192,7 @@ class ExportOptions:
         _check(self, 0, None, "section_orders")
         if self.push_to_hub and not self.hub_dataset_id:
             raise ValueError("`push_to_hub` is set without `hub_dataset_id`, must be `owner/name`.")
+
+
+OPTIONS = (BuildOptions, PreflightOptions, PlanOptions, NotesOptions, SplitOptions, ExportOptions)
+"""Options of a build, one class per stage, in the order that `DatasetBuilder` takes them."""
