@@ -361,6 +361,10 @@ class WorldFeatures(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def stream_counts(self) -> list[int]:
+        """Number of streams of every document."""
+        return [self.options.num_streams] * self.count
+
     def document(self, index: int) -> Document:
         """The document behind item `index`."""
         if not 0 <= index < self.count:

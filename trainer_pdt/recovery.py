@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from .callbacks import settle_gradients
 from .checkpoints import LastingCheckpointsCallback, Retention, smoothed
 from .curriculum import Curriculum
 from .guard import LossGuard, NamedBatches
+from .sampler import StreamCountTrainer
 from .sharding import average_gradients, is_trunk_sharded
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,7 @@ def check_layout(checkpoint: str, stage: int, processes: int) -> None:
         )
 
 
-class RecoverableTrainer(Trainer):
+class RecoverableTrainer(StreamCountTrainer):
     """
     `Trainer` with a guard before each optimizer step, checkpoints that stay, and a best one by a smoothed metric.
 

@@ -234,19 +234,18 @@ class PDTTrainer(RecoverableTrainer):
         """
         Teacher-forced metrics on held-out documents, see [`TeacherForcedMetrics`]; nothing is generated.
 
-        Several processes run equally many full batches, the last ones filled up with documents that other batches
-        hold; those lose their labels and count nowhere.
+        Batches may be filled up with documents that other batches hold (the last ones of several processes, those of a
+        number of streams); these lose their labels and count nowhere.
         """
         if not has_length(dataloader):
             raise ValueError(f"{description}: the dataset has no length, allowed: one with __len__.")
         self.model.eval()
         metrics = TeacherForcedMetrics(self.model, self.args.eval_bus_mixes)
-        world, rank = self.args.world_size, self.args.process_index
         for step, inputs in enumerate(dataloader):
             inputs = self._prepare_inputs(inputs)
             documents, rows = inputs["item_ids"].shape[0], inputs["labels"].shape[0]
-            new = min(documents, max(0, len(dataloader.dataset) - (step * world + rank) * documents))
-            inputs["labels"][rows // documents * new :] = IGNORE_INDEX
+            new_B = torch.tensor(self.new_documents(dataloader, step, documents))
+            inputs["labels"][~new_B.repeat_interleave(rows // documents)] = IGNORE_INDEX
             with self.compute_loss_context_manager():
                 metrics.add(inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

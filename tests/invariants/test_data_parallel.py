@@ -40,8 +40,8 @@ def main(folder: str, deepspeed: str | None = None, checkpoint: str | None = Non
     )
 
 
-def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs `main` in two processes."""
+def launch(folder: Path, *arguments: str, script: str = __file__) -> subprocess.CompletedProcess:
+    """Runs the `main` of a script in two processes."""
     # The recipe's use_cpu is enough; ACCELERATE_USE_CPU would turn DeepSpeed off without a word.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0"}
     environment.pop("ACCELERATE_USE_CPU", None)
@@ -49,7 +49,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     if not arguments:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [__file__, str(folder), *arguments]
+    command += [script, str(folder), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 

@@ -1,6 +1,7 @@
 """Recipes that build datasets: every one names fields that exist, and the teachers run through all stages."""
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.chat_server import KINDS, chat_server, toy_document
-from tests.data_builds import OPTIONS, make_builder
+from tests.data_builds import OPTIONS, STAGES, make_builder
 from trainer_pdt.arguments import DataArguments
 from trainer_pdt.collator import PDTDataCollator
+from trainer_pdt.data.chat_client import BudgetExceeded
+from trainer_pdt.data.chat_store import AnswerStore
 from trainer_pdt.data.pipeline import make_teacher
+from trainer_pdt.data.publish import load_published
 from trainer_pdt.data.sources import make_source
-from trainer_pdt.data.storage import read_json
+from trainer_pdt.data.storage import read_json, read_rejects
 from trainer_pdt.features import FeatureMaker, load_features
 from trainer_pdt.parser import RecipeParser
 
@@ -72,44 +76,39 @@ def test_the_extractive_teacher_builds_a_dataset_to_train_on(tmp_path):
     check_training_input(tmp_path / "build")
 
 
-def build_with_chat(folder, documents):
-    """A build from toy documents against a failing server; (manifests by stage, server)."""
-    folder.mkdir(parents=True)
+def chat_build(folder, documents, server, **choices):
+    """A builder that asks a server about toy documents, and its documents."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"id": d.document_id, "title": d.title, "sections": [{"header": h, "text": t} for h, t in d.sections]}
-        for d in documents
+        for d in map(toy_document, range(documents))
     ]
     (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     columns = {"id": "id", "title": "title", "sections": "sections"}
     sources = [{"kind": "jsonl", "files": [str(folder / "docs.jsonl")], "name": "toys", "columns": columns}]
-    with chat_server(failures=0.3, kinds=QUICK) as server:
-        teacher_options = {
-            **{"base_url": server.url, "store": str(folder / "answers.sqlite"), "attempts": 3, "backoff_s": 0.001},
-            **{"plan_model": "a", "notes_model": "b", "max_concurrency": 4},
-        }
-        options = {"teacher": "chat", "teacher_options": teacher_options, **UNLIKE}
-        builder = make_builder(folder / "build", sources=sources, shard_size=20, **options)
-        estimate = builder.estimate()
-        assert (estimate["documents"], estimate["requests"]) == (len(documents), 2 * len(documents))
-        assert not server.calls
-        builder.run()
-    stages = ("preflight", "plans", "notes", "splits")
-    return {stage: read_json(folder / "build" / stage / "manifest.json") for stage in stages}, server
+    teacher_options = {
+        **{"base_url": server.url, "store": str(folder / "answers.sqlite"), "attempts": 3, "backoff_s": 0.001},
+        **{"plan_model": "a", "notes_model": "b", "max_concurrency": 4, **choices},
+    }
+    options = {"teacher": "chat", "teacher_options": teacher_options, **UNLIKE}
+    return make_builder(folder / "build", sources=sources, shard_size=20, **options)
 
 
 def check_chat_build(folder, count):
-    manifests, server = build_with_chat(folder, [toy_document(number) for number in range(count)])
+    """Every document is exported once or rejected with its reason; (exported, reasons)."""
+    reasons, ids = Counter(), []
     kept = count
-    reasons = Counter()
-    for manifest in manifests.values():
+    for stage in STAGES:
+        manifest = read_json(folder / "build" / stage / "manifest.json")
         assert manifest["rows"] + sum(manifest["rejects"].values()) == kept
         kept = manifest["rows"]
         reasons.update(manifest["rejects"])
-    exported = read_json(folder / "build" / "dataset" / "manifest.json")["rows"]
-    assert sum(exported.values()) == kept
+        shards = range(manifest["shards"])
+        ids += [reject.document_id for n in shards for reject in read_rejects(folder / "build" / stage, n)]
+    splits = load_published(str(folder / "build" / "dataset"))
+    ids += [name for split in splits.values() for name in split["document_id"]]
+    assert sorted(ids) == [toy_document(number).document_id for number in range(count)]
     assert kept + sum(reasons.values()) == count
-    assert server.most_active <= 4
-    assert set(server.good.values()) == {1}
     return kept, reasons
 
 
@@ -120,14 +119,34 @@ def online(monkeypatch):
 
 @pytest.mark.usefixtures("online")
 def test_the_chat_teacher_builds_a_dataset_to_train_on(tmp_path):
-    kept, reasons = check_chat_build(tmp_path / "chat", 24)
+    with chat_server(failures=0.3, kinds=QUICK) as server:
+        builder = chat_build(tmp_path, 24, server)
+        estimate = builder.estimate()
+        assert (estimate["documents"], estimate["requests"]) == (24, 48)
+        assert not server.calls
+        builder.run()
+    kept, reasons = check_chat_build(tmp_path, 24)
     assert kept >= 16
     assert not reasons.keys() & {"unfounded_notes", "bad_span", "plan_holds_value"}
-    check_training_input(tmp_path / "chat" / "build")
+    assert server.most_active <= 4
+    assert set(server.good.values()) == {1}
+    check_training_input(tmp_path / "build")
 
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("online")
-def test_two_thousand_documents_with_a_failing_server(tmp_path):
-    kept, _ = check_chat_build(tmp_path / "chat", 2000)
-    assert kept > 1700
+def test_two_thousand_documents_with_a_failing_server_and_a_budget(tmp_path):
+    limits = {"timeout_s": 2.0, "max_concurrency": 8, "attempts": 4}
+    with chat_server(failures=0.3, hang=2.5) as server:
+        for budget in (1_000_000, 2_000_000):
+            with pytest.raises(BudgetExceeded):
+                chat_build(tmp_path, 2000, server, **limits, budget_tokens=budget).run()
+            assert 0.9 * budget < AnswerStore(tmp_path / "answers.sqlite").spent()[0] <= budget
+        chat_build(tmp_path, 2000, server, **limits).run()
+    kept, reasons = check_chat_build(tmp_path, 2000)
+    assert 1800 < kept < 2000 and reasons
+    assert server.most_active <= 8
+    assert set(server.outcomes) == {*KINDS, "good"}
+    assert set(server.good.values()) == {1}
+    counts = dict(reasons), dict(server.outcomes)
+    logging.getLogger(__name__).info("exported %d, rejected %s; requests: %s", kept, *counts)
