@@ -1,16 +1,21 @@
 """Benchmarks on trunks of random weights: `python recipes/benchmark.py step --config recipes/benchmarks/step.yaml`.
 
+`step`: a training step against plain adapters. `decode`: decoding against the bare trunk.
 Writes a JSON file with the command line, the machine and every ratio, and the same as a Markdown table beside it.
 """
 
 import logging
 import sys
 
+from trainer_pdt.decoding_benchmark import DecodingBenchmarkArguments, benchmark_decoding, decoding_table
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import write_json
 from trainer_pdt.training_benchmark import StepBenchmarkArguments, benchmark_step, markdown_table
 
-KINDS = {"step": (StepBenchmarkArguments, benchmark_step, markdown_table)}
+KINDS = {
+    "step": (StepBenchmarkArguments, benchmark_step, markdown_table),
+    "decode": (DecodingBenchmarkArguments, benchmark_decoding, decoding_table),
+}
 
 
 def main(args: list[str] | None = None) -> dict:
@@ -26,7 +31,7 @@ def main(args: list[str] | None = None) -> dict:
     path.with_suffix(".md").write_text(table(report), encoding="utf-8")
     for bar in report["bars"]:
         verdict = "met" if bar["met"] else "missed"
-        logging.info("%-12s %6.3f, allowed %.2f: %s", bar["name"], bar["value"], bar["bar"], verdict)
+        logging.info("%s %.3f, %s %.2f: %s", bar["name"], bar["value"], bar["limit"], bar["bar"], verdict)
     return report
 
 

@@ -23,7 +23,7 @@ from .arguments import DataArguments, PDTTrainingArguments, check_whole
 from .callbacks import settle_gradients
 from .collator import PDTDataCollator
 from .curriculum import Curriculum
-from .evaluation.benchmark import ratio_summary, timed
+from .evaluation.benchmark import in_turn, ratio_summary, timed
 from .features import FeatureMaker, load_features
 from .losses import supervised_positions, supervised_values
 from .telemetry import command_line, package_versions
@@ -284,21 +284,17 @@ def peaks(arguments: StepBenchmarkArguments, names: Sequence[str]) -> dict[str, 
 def interleaved(
     steps: Mapping[str, Callable[[int], Tensor]], rounds: int, warmup: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every side's steps, `[rounds]` each; within a round all sides follow each other, in turn first."""
-    names, seconds = list(steps), {name: [] for name in steps}
+    """Seconds of every side's steps, `[rounds]` each; see [`in_turn`]."""
 
     def run(step: Callable[[int], Tensor], index: int) -> None:
         step(index)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    for index in range(warmup + rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            elapsed, _ = timed(partial(run, steps[name], index))
-            if index >= warmup:
-                seconds[name].append(elapsed)
-    return seconds
+    def seconds(step: Callable[[int], Tensor], index: int) -> float:
+        return timed(partial(run, step, index))[0]
+
+    return in_turn({name: partial(seconds, step) for name, step in steps.items()}, rounds, warmup)
 
 
 def summarise(
@@ -320,7 +316,7 @@ def summarise(
         {"name": "step time", "value": sides[main]["ratio"]["mean"], "bar": arguments.step_bar},
         {"name": "peak memory", "value": sides[main]["memory_ratio"], "bar": arguments.memory_bar},
     ]
-    return sides, [{**bar, "met": bar["value"] <= bar["bar"]} for bar in bars]
+    return sides, [{**bar, "limit": "at most", "met": bar["value"] <= bar["bar"]} for bar in bars]
 
 
 def benchmark_step(arguments: StepBenchmarkArguments) -> dict[str, Any]:

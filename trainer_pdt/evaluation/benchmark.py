@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
@@ -14,12 +14,29 @@ from ..data.schema import Document
 from ..render import render_header, render_prompt
 from .modes import plan_entries
 
+Result = TypeVar("Result")
+
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds and result of a call."""
     started = time.perf_counter()
     result = call()
     return time.perf_counter() - started, result
+
+
+def in_turn(calls: Mapping[str, Callable[[int], Result]], rounds: int, warmup: int = 0) -> dict[str, list[Result]]:
+    """
+    What every call returned, `[rounds]` each, for the number of the round; within a round all calls follow each other,
+    in turn first. Results of the `warmup` rounds before them are thrown away.
+    """
+    names, results = list(calls), {name: [] for name in calls}
+    for index in range(warmup + rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            result = calls[name](index)
+            if index >= warmup:
+                results[name].append(result)
+    return results
 
 
 def ratio_summary(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
