@@ -224,10 +224,11 @@ class Shuffle(Intervention):
         seen[:, :plan_places] = False
         generator = torch.Generator().manual_seed(self.seed)
         keys = torch.rand(notes.shape[1:], generator=generator).to(notes.device)
-        # The visible places first: in order of their keys, and in their own order.
-        drawn = (keys + (~seen)[..., None] * 2.0).argsort(dim=1)
-        places = (~seen).long().argsort(dim=1, stable=True)[..., None].expand_as(drawn)
-        shuffled = torch.empty_like(notes).scatter(1, places, notes.gather(1, drawn))
+        # The visible notes come first, in their own order: places that are empty draw nothing.
+        places = (~seen).long().argsort(dim=1, stable=True)[..., None].expand_as(notes)
+        hidden = torch.arange(notes.shape[1], device=notes.device) >= seen.sum(dim=1, keepdim=True)
+        drawn = (keys + hidden[..., None] * 2.0).argsort(dim=1, stable=True)
+        shuffled = torch.empty_like(notes).scatter(1, places, notes.gather(1, places).gather(1, drawn))
         return torch.where(seen[..., None], shuffled, notes), mask
 
 

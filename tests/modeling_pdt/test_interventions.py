@@ -182,6 +182,16 @@ def test_shuffled_notes_keep_what_the_window_holds_and_lose_what_a_note_holds():
     assert not torch.equal(Shuffle(1).window(plain, mask, PLAN)[0], notes)
 
 
+def test_places_that_are_empty_do_not_change_how_notes_are_shuffled():
+    notes, mask = torch.randn(2, 6, 4), torch.tensor([[True] * 6, [True, True, True, False, True, True]])
+    # The window of the same rows beside one that is further: more places, in front of every producer's.
+    wider = torch.cat([notes[:, :PLAN], torch.randn(2, 3, 4), notes[:, PLAN:]], dim=1)
+    wider_mask = torch.cat([mask[:, :PLAN], torch.zeros(2, 3, dtype=torch.bool), mask[:, PLAN:]], dim=1)
+    shuffled, among_more = Shuffle().window(notes, mask, PLAN)[0], Shuffle().window(wider, wider_mask, PLAN)[0]
+    for row in range(2):
+        assert torch.equal(among_more[row][wider_mask[row]], shuffled[row][mask[row]])
+
+
 def chain_read(bus, interventions, lag=1):
     """Streams and rounds that every row of the first prompt reads after a chain, and the chain's gate scales."""
     chain, rows = InterventionChain(tuple(interventions), 3, 2), torch.arange(3)
