@@ -1,0 +1,377 @@
+"""
+A slow decoder to compare with: it follows the documents and has neither cache, batch, padding nor rollback.
+
+Every token of every row comes from one forward over all that the row consists of by then, in which each token reads
+the notes that it read when it was consumed. Notes, coverage and agreement are made from texts alone. A block that is
+withdrawn is cut off a list.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from modeling_pdt.cadence import CADENCE_KEY
+from modeling_pdt.policies import CadencePolicy, FlickerGuard, GateAnnealing
+from modeling_pdt.sampling import fold_keys, keyed_uniform, prompt_keys
+from modeling_pdt.trunk_split import run_upper
+from tests.decoding_reference_window import Windows
+
+
+@dataclass
+class Choices:
+    """Choices of a call, as the keyword arguments of `generate` name them; every field is given there too."""
+
+    num_streams: int = 2
+    max_new_tokens: int = 10
+    block_size: int = 4
+    commit_horizon: int = 4
+    bus_lag: int = 1
+    bus_capacity: int = 16
+    retention: str = "fifo"
+    topology: list[tuple[int, int]] | None = None
+    self_notes: bool = False
+    self_only_rounds: int = 0
+    max_retries: int = 1
+    retry_policy: str = "refresh"
+    commit_policy: str = "stream"
+    agreement_threshold: float | None = None
+    cadence: dict[str, Any] | None = None
+    gate_scale: float = 1.0
+    gate_annealing: dict[str, Any] | None = None
+    flicker_guard: dict[str, Any] | None = None
+    logit_blend: float = 1.0
+    eos_token_id: list[int] | None = None
+    repetition_penalty: float | None = None
+    plan: str | None = None
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """A stream of a prompt: what it has written, what it reads now, and what each token after the prompt has read."""
+
+    number: int
+    prompt: int
+    stream: int
+    start: list[int]
+    header: list[int]
+    scale: float
+    tokens: list[int] = field(default_factory=list)
+    reading: tuple[torch.Tensor, float] | None = None
+    readings: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    next_token: int = -1
+    block_start: int = 0
+    round: int = 0
+    attempt: int = 0
+    retries: int = 0
+    live: bool = True
+    last_agreement: float = 1.0
+    cooldown: int = 0
+    scales: list[float] = field(default_factory=list)
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def text(self) -> list[int]:
+        return self.start + self.header + self.tokens
+
+
+class ReferenceDecoder:
+    """
+    Decodes token lists.
+
+    Args:
+        model: A PDT model; its agreement head decides if it counts as trained.
+        choices: Of the call.
+        prompts, headers: Tokens `[prompt]` and `[row]`.
+        items: Plan items of every prompt as tokens.
+        seeds: Vectors `[places, N]` that are on the bus from the start.
+        interventions: In order.
+    """
+
+    def __init__(self, model, choices, prompts, headers, items=None, seeds=None, interventions=()):
+        self.model, self.stack, self.choices, self.items = model, model.stack, choices, items
+        self.interventions, self.taps = interventions, {}
+        self.judging = "agreement" in model.config.trained_parts
+        self.annealing = choices.gate_annealing and GateAnnealing(**choices.gate_annealing)
+        self.guard = choices.flicker_guard and FlickerGuard(**choices.flicker_guard)
+        self.cadence = CadencePolicy(**(choices.cadence or {}))
+        self.longest = self._longest_block()
+        streams, self.calls, self.closest = choices.num_streams, 0, math.inf
+        places = [divmod(number, streams) for number in range(len(headers))]
+        scale = float(choices.gate_scale)
+        self.rows = [Row(i, p, s, prompts[p], headers[i], scale) for i, (p, s) in enumerate(places)]
+        keys = prompt_keys(prompts)
+        self.keys = [self._key(keys[row.prompt], row.stream) for row in self.rows]
+        self.plans = [self._plan(prompt, index) for index, prompt in enumerate(prompts)]
+        snapshots = [plan if seeds is None else torch.cat([plan, seeds]) for plan in self.plans]
+        self.windows = Windows(choices, snapshots, interventions, self._close)
+
+    def run(self):
+        """Writes all rows, one token of each at a time."""
+        for row in self.rows:
+            row.reading = self._reading(row)
+            row.readings = [row.reading] * len(row.header)
+            row.next_token = self._choose(row)
+        while any(row.live for row in self.rows):
+            self.calls += 1
+            live = [row for row in self.rows if row.live]
+            for row in live:
+                row.tokens.append(row.next_token)
+            boundary = [row for row in live if self._ends_block(row)]
+            if boundary:
+                self._exchange(boundary)
+                for row in live:
+                    row.reading = self._reading(row)
+            for row in live:
+                # A withdrawn row stands at the token before its block again, which now reads anew.
+                length = len(row.header) + len(row.tokens)
+                row.readings = [*row.readings[: max(0, length - 1)], row.reading][:length]
+                if row.live:
+                    row.next_token = self._choose(row)
+        return self.rows
+
+    # What the trunk and the heads say, from texts alone.
+
+    def _tap(self, ids):
+        """The lower half over a text, which depends on nothing else."""
+        if tuple(ids) not in self.taps:
+            self.taps[tuple(ids)] = self.stack.lower(input_ids=torch.tensor([ids]))
+        return self.taps[tuple(ids)]
+
+    def _states(self, ids):
+        return self._tap(ids).hidden
+
+    def _plan(self, prompt, index):
+        """Vectors `[places, N]` of the plan items."""
+        heads, nothing = self.stack.heads, torch.zeros(0, self.model.config.notes_dim)
+        if self.choices.plan == "planner":
+            states = self._states(prompt)
+            slots = heads.planner(states, torch.ones(1, len(prompt), dtype=torch.bool)).argmax(dim=-1)[0]
+            return heads.embed_slots(slots[slots > 0])
+        items = self.items[index] if self.items else []
+        made = [heads.encode_items(self._states(ids), torch.ones(1, len(ids), dtype=torch.bool)) for ids in items]
+        return torch.cat([nothing, *made])
+
+    def _logits(self, row):
+        """Logits of the next token: one forward over the whole text."""
+        tap, blend, head = self._tap(row.text), self.choices.logit_blend, self.model.get_output_embeddings()
+        conditioned = head(self._upper(tap, row)[0, -1]) if blend > 0 else 0
+        return blend * conditioned + (1 - blend) * head(self.stack.upper(tap)[0, -1]) if blend < 1 else conditioned
+
+    def _upper(self, tap, row):
+        """The upper half: tokens after the prompt go through the stream's adapter and read what they have read."""
+        config, first = self.stack.pdt_configs[self.stack.active], len(row.start)
+        adapters = self.stack.pdt_stream_adapters[self.stack.active]
+        stream = torch.tensor([[-1] * first + [row.stream % self.model.config.num_streams] * len(row.readings)])
+        inside = config.snc_placement == "after_attention"
+        sites = config.instrumented_layers if inside else [*config.instrumented_layers, len(self.stack.layers)]
+
+        def read(site, hidden):
+            parts, begin = [hidden[:, :first]], 0
+            while begin < len(row.readings):
+                notes, scale = reading = row.readings[begin]
+                end = begin + 1
+                while end < len(row.readings) and row.readings[end] is reading:
+                    end += 1
+                seen = self.model.project_notes(notes[None], torch.ones(1, len(notes), dtype=torch.bool), scale)
+                parts.append(self.stack.snc[site](hidden[:, first + begin : first + end], seen, site))
+                begin = end
+            return torch.cat(parts, dim=1)
+
+        def between(boundary, hidden):
+            if boundary - 1 in config.instrumented_layers:
+                adapter = adapters[config.instrumented_layers.index(boundary - 1)]
+                hidden = adapter(hidden, stream)
+            return read(sites.index(boundary), hidden) if boundary in sites and not inside else hidden
+
+        after = {layer: lambda hidden, site=site: read(site, hidden) for site, layer in enumerate(sites)}
+        return run_upper(self.stack.base_layer, tap, between, None, after if inside else None)
+
+    def _choose(self, row):
+        """The likeliest token, after the penalty for tokens of the row's own text."""
+        scores = self._logits(row)
+        if self.choices.repetition_penalty is not None:
+            seen = torch.tensor(sorted(set(row.text)))
+            kept, penalty = scores[seen], self.choices.repetition_penalty
+            scores[seen] = torch.where(kept < 0, kept * penalty, kept / penalty)
+        first, second = scores.topk(2).values.tolist()
+        self._close(first - second)
+        return int(scores.argmax())
+
+    def _block_states(self, row):
+        """Tap states of the block `[1, L, D]`, the same one position earlier, and those of the whole section."""
+        states, begin = self._states(row.text), len(row.start) + len(row.header)
+        start = begin + row.block_start
+        return states[:, start:], states[:, start - 1 : -1], states[:, begin:]
+
+    def _note(self, row):
+        """The notes `[K, N]` of the block that the row has just written."""
+        states = self._block_states(row)[0]
+        length = max(self.choices.block_size, states.shape[1])
+        return self.stack.heads.write(states, torch.ones(states.shape[:2], dtype=torch.bool), length)[0]
+
+    def _coverage(self, row):
+        """Probability of each plan item that the section states it."""
+        plan = self.plans[row.prompt]
+        if not len(plan):
+            return []
+        states = self._block_states(row)[2]
+        everything = torch.ones(1, 1, states.shape[1], dtype=torch.bool)
+        return self.stack.heads.coverage(states, everything, plan[None])[0, 0].sigmoid().tolist()
+
+    def _score(self, row, coverage):
+        """Agreement of the row's block with what is on the bus."""
+        states, previous, _ = self._block_states(row)
+        tokens, window = states.shape[1], self.windows.read(row, lag=0)
+        mean = sum(coverage) / len(coverage) if coverage else 0.0
+        logits = self.stack.heads.agreement.token_logits(
+            states,
+            previous,
+            window[None],
+            torch.ones(1, tokens, len(window), dtype=torch.bool),
+            self._note(row).mean(0).expand(1, tokens, -1),
+            torch.full((1, tokens), mean),
+        )
+        score = torch.sigmoid(-torch.logsumexp(-logits, dim=-1))
+        return self.windows.agreement(row, float(score))
+
+    # Blocks: when they end, what is decided about them, and what follows.
+
+    def _key(self, prompt_key, stream):
+        parts = (torch.tensor([part]) for part in (self.choices.seed, prompt_key, stream))
+        return fold_keys(torch.tensor([CADENCE_KEY]), state=fold_keys(*parts))
+
+    def _interval(self, stream):
+        """M: tokens, or a share rho that stands for tokens."""
+        policy, value = self.cadence, self.cadence.interval
+        value = value[stream] if isinstance(value, list) else value
+        if isinstance(value, float):
+            low, high = math.log(policy.interval_min), math.log(policy.interval_max)
+            return math.ceil(round(math.exp(value * low + (1 - value) * high), 9))
+        return self.choices.block_size if value is None else value
+
+    def _longest_block(self):
+        if self.cadence.mode == "deterministic":
+            longest = max(self._interval(stream) for stream in range(self.choices.num_streams))
+            return min(longest, self.cadence.max_interval or longest)
+        return self.cadence.max_interval or self.choices.commit_horizon
+
+    def _ended(self, row):
+        eos = self.choices.eos_token_id or []
+        return row.tokens[-1] in eos or len(row.tokens) >= self.choices.max_new_tokens
+
+    def _ends_block(self, row):
+        policy, interval = self.cadence, self._interval(row.stream)
+        written = len(row.tokens) - row.block_start
+        if self._ended(row) or written >= self.longest:
+            return True
+        if policy.mode == "deterministic":
+            return written >= interval
+        probability = max(policy.min_probability, 1 / interval)
+        if policy.mode == "adaptive":
+            share = (row.last_agreement - policy.agreement_low) / (policy.agreement_high - policy.agreement_low)
+            low, high = policy.multiplier_min, policy.multiplier_max
+            multiplier = high + (low - high) * min(1, max(0, share))
+            multiplier *= 1 + policy.age_boost * max(0, written / interval - 1)
+            probability = max(policy.min_probability, probability * min(high, max(low, multiplier)))
+        place = torch.tensor([len(row.tokens)]), torch.tensor([row.attempt])
+        draw = float(keyed_uniform(*place, state=self.keys[row.number]))
+        self._close(abs(draw - probability))
+        return draw < min(1, probability)
+
+    def _exchange(self, rows):
+        """Notes of all rows that end a block, then the judgement, then commits and withdrawals."""
+        for row in rows:
+            self.windows.publish(row, self._note(row))
+        coverage = {row.number: self._coverage(row) for row in rows}
+        scores, withdrawn = self._judge(rows, coverage)
+        for row in rows:
+            gone, score = row.number in withdrawn, scores.get(row.number)
+            row.last_agreement = row.last_agreement if score is None else score
+            self._anneal(row, score, gone)
+            kind = "rollback" if gone else "commit"
+            start, end, tokens = row.block_start, len(row.tokens), row.tokens[row.block_start :]
+            event = {"kind": kind, "round": row.round, "attempt": row.attempt, "start": start, "end": end}
+            row.events.append({**event, "tokens": tokens, "call": self.calls, "agreement": score})
+            if gone:
+                row.tokens = row.tokens[: row.block_start]
+                row.attempt, row.retries = row.attempt + 1, row.retries + 1
+            else:
+                row.blocks.append((start, end))
+                row.block_start, row.round, row.attempt = end, row.round + 1, 0
+                row.live = not self._ended(row)
+
+    def _judge(self, rows, coverage):
+        """
+        Scores by row, and the rows that are withdrawn: of a prompt's failing rows with a retry left the lowest goes,
+        the others are judged again without its note; under `"round"` all go when one of them fails.
+        """
+        threshold, withdrawn, scores = self.choices.agreement_threshold, set(), {}
+        if not self.judging:
+            return scores, withdrawn
+        while True:
+            judged = [row for row in rows if row.number not in withdrawn]
+            scores |= {row.number: self._score(row, coverage[row.number]) for row in judged}
+            if threshold is None:
+                return scores, withdrawn
+            retrying = [row for row in judged if row.attempt < self.choices.max_retries]
+            for row in retrying:
+                self._close(abs(scores[row.number] - threshold))
+            failing = [row for row in retrying if scores[row.number] < threshold]
+            if self.choices.commit_policy == "round":
+                prompts = {row.prompt for row in failing}
+                going = [row for row in retrying if row.prompt in prompts]
+            else:
+                going = self._lowest(failing, scores)
+            for row in going:
+                withdrawn.add(row.number)
+                self.windows.withdraw(row)
+            if not going or self.choices.commit_policy == "round":
+                return scores, withdrawn
+
+    def _lowest(self, failing, scores):
+        """The failing row with the lowest score of every prompt; the first of equals."""
+        lowest = []
+        for prompt in sorted({row.prompt for row in failing}):
+            order = sorted((row for row in failing if row.prompt == prompt), key=lambda row: scores[row.number])
+            if len(order) > 1 and scores[order[0].number] not in (0, 1):
+                self._close(scores[order[1].number] - scores[order[0].number])
+            lowest.append(order[0])
+        return lowest
+
+    def _anneal(self, row, score, withdrawn):
+        """The row's gate scale after a decision."""
+        policy = self.annealing
+        if not policy:
+            return
+        bar = self.choices.agreement_threshold + policy.stability_margin
+        self._close(abs(score - bar))
+        if withdrawn or score < bar:
+            row.scale, row.cooldown = max(policy.min_value, row.scale * policy.decay), policy.cooldown
+        elif row.cooldown:
+            row.cooldown -= 1
+        else:
+            row.scale = min(self.choices.gate_scale, row.scale + policy.recovery)
+        row.scales.append(row.scale)
+
+    def _scale(self, row):
+        """What multiplies the gate: the row's scale, or the clamp while it flickers."""
+        if self.guard and self.guard.clamp is not None and len(row.scales) >= self.guard.window:
+            spread = torch.tensor(row.scales[-self.guard.window :]).std(correction=0)
+            self._close(abs(float(spread) - self.guard.max_std))
+            if spread > self.guard.max_std:
+                return self.guard.clamp
+        return row.scale
+
+    def _reading(self, row):
+        """What the row's tokens read from now on: notes `[W, N]` and the gate's scale."""
+        rewriting = row.attempt > 0 and self.choices.retry_policy == "refresh"
+        notes = self.windows.read(row, lag=0 if rewriting else self.choices.bus_lag)
+        return notes, self.windows.gate_scale(row, self._scale(row))
+
+    def _close(self, gap):
+        """Remembers how close the closest decision was."""
+        self.closest = min(self.closest, float(gap))
