@@ -4,7 +4,7 @@ Letters: N judgements, D documents, K thresholds, B bootstrap samples.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,29 @@ class Judgements:
             torch.tensor(document, dtype=torch.long),
             finds,
         )
+
+    @classmethod
+    def of_columns(
+        cls,
+        probabilities: Sequence[float],
+        truths: Sequence[bool],
+        documents: Sequence[Hashable] | None = None,
+        *,
+        finds: bool,
+    ) -> "Judgements":
+        """Judgements in columns of equal length; each is a document of its own where `documents` does not say."""
+        rows: dict[Hashable, list[tuple[float, bool]]] = {}
+        names = range(len(probabilities)) if documents is None else documents
+        if not len(probabilities) == len(truths) == len(names):
+            raise ValueError(
+                f"there are {len(probabilities)} probabilities, {len(truths)} truths and {len(names)} documents, "
+                "allowed: as many of each."
+            )
+        if not all(0 <= p <= 1 for p in probabilities):
+            raise ValueError("a probability is not a number from 0 to 1.")
+        for name, probability, truth in zip(names, probabilities, truths, strict=True):
+            rows.setdefault(name, []).append((probability, truth))
+        return cls.of(list(rows.values()), finds)
 
     def weights(self, samples: int, seed: int = 0) -> Tensor:
         """Weights `[1 + B, N]`: all 1 in the first row, then how often each bootstrap sample drew the document."""
@@ -250,6 +273,8 @@ def assess(judgements: Judgements, threshold: float, samples: int = 500, seed: i
 
 def calibrate(judgements: Judgements, rule: str, samples: int = 500, seed: int = 0) -> dict[str, Any]:
     """[`assess`] at the threshold of a rule of [`RULES`], with `threshold` (and its interval) and `rule`."""
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r}, allowed: {sorted(RULES)}.")
     choose, words = RULES[rule]
     threshold_B = choose(judgements, judgements.weights(samples, seed))
     threshold = float(threshold_B[0])

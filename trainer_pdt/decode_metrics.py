@@ -159,16 +159,17 @@ def cosine(first: Mapping[str, float], second: Mapping[str, float]) -> float:
     return sum(value * second.get(word, 0.0) for word, value in first.items())
 
 
+def redundancies(sections: Sequence[str]) -> list[float]:
+    """`relu(cosine - 0.7)` of the TF-IDF vectors of every two sections of an answer."""
+    return [max(cosine(first, second) - REDUNDANT_ABOVE, 0.0) for first, second in combinations(tf_idf(sections), 2)]
+
+
 def redundancy(run: DecodeRun) -> float | None:
-    """Mean `relu(cosine - 0.7)` of the TF-IDF vectors of two sections of one prompt; `None` without a pair."""
+    """Mean of [`redundancies`] over all prompts; `None` without a pair."""
     prompts: dict[str, list[str]] = {}
     for stream, text in run.sections.items():
         prompts.setdefault(stream.split("/")[0], []).append(text)
-    similar = [
-        max(cosine(first, second) - REDUNDANT_ABOVE, 0.0)
-        for texts in prompts.values()
-        for first, second in combinations(tf_idf(texts), 2)
-    ]
+    similar = [value for texts in prompts.values() for value in redundancies(texts)]
     return fmean(similar) if similar else None
 
 
@@ -184,6 +185,19 @@ def rouge_l(first: str, second: str) -> float:
         for column, match in enumerate(other):
             row.append(above[column] + 1 if word == match else max(above[column + 1], row[-1]))
     return 2 * row[-1] / (len(one) + len(other))
+
+
+def similarity(text: str, reference: str) -> dict[str, float | None]:
+    """
+    `rouge_l`, `tf_idf_cosine` of the two as a collection of their own, and `words_more`: words of the text beyond
+    those of the reference, over the reference's; `None` where it has none.
+    """
+    mine, theirs = len(words(text)), len(words(reference))
+    return {
+        "rouge_l": rouge_l(text, reference),
+        "tf_idf_cosine": cosine(*tf_idf((text, reference))),
+        "words_more": (mine - theirs) / theirs if theirs else None,
+    }
 
 
 def run_metrics(run: DecodeRun, threshold: float = 0.5, band: float = 0.2) -> dict[str, Any]:
@@ -223,13 +237,12 @@ def compare_texts(run: DecodeRun, baseline: DecodeRun) -> dict[str, Any]:
         raise ValueError(
             f"{run.name} has {len(run.merged)} answers, {baseline.name} {len(baseline.merged)}: they cannot be paired."
         )
-    pairs = list(zip(run.merged, baseline.merged, strict=True))
+    alike = [similarity(*pair) for pair in zip(run.merged, baseline.merged, strict=True)]
     mine, theirs = (sum(one.committed.values()) for one in (run, baseline))
     rates = [speed(one)["tokens_per_second"] for one in (run, baseline)]
     return {
         "speedup": rates[0] / rates[1] if all(rates) else None,
-        "rouge_l": fmean(rouge_l(*pair) for pair in pairs),
-        "tf_idf_cosine": fmean(cosine(*tf_idf(pair)) for pair in pairs),
+        **{name: fmean(pair[name] for pair in alike) for name in ("rouge_l", "tf_idf_cosine")},
         "tokens_more": (mine - theirs) / theirs if theirs else None,
     }
 

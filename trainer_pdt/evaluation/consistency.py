@@ -1,12 +1,12 @@
 """Do the sections of one answer contradict each other? Pairs of siblings, judged by an NLI scorer."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
 from ..data.counting import StreamText, bootstrap_rate
-from ..data.schema import Document
+from ..data.schema import Document, Fact
 from ..features import FeatureMaker, plant_contradictions
 from ..losses import NLIScorer, nli_violation
 from .scoring import rate_dict
@@ -32,13 +32,27 @@ def judged_answers(
     answers = {
         mode: [[text.text for text in texts] for texts in written[mode]] for mode in NLI_MODES if mode in written
     }
-    planted = []
-    for document in documents:
-        rng = random.Random(f"{features.seed}/{document.document_id}")
-        planted.append(plant_contradictions(document, features.values, features.corruption_rate, rng)[0])
-    for name, sources in (("given", documents), ("planted", planted)):
-        answers[name] = [[stream.text for stream in document.streams] for document in sources]
-    return answers
+    return answers | control_answers(documents, features.values, features.corruption_rate, features.seed)
+
+
+def control_answers(
+    documents: Sequence[Document], values: Mapping[str, Sequence[str]], rate: float = 0.5, seed: int = 0
+) -> dict[str, list[list[str]]]:
+    """
+    `given`, the documents' own sections, which agree, and `planted`, the same with contradictions.
+
+    Args:
+        documents (`Sequence[Document]`), values (`Mapping[str, Sequence[str]]`), rate (`float`), seed (`int`): See
+            [`~trainer_pdt.features.plant_contradictions`].
+    """
+    planted = [
+        plant_contradictions(document, values, rate, random.Random(f"{seed}/{document.document_id}"))[0]
+        for document in documents
+    ]
+    return {
+        name: [[stream.text for stream in document.streams] for document in sources]
+        for name, sources in (("given", documents), ("planted", planted))
+    }
 
 
 def sibling_pairs(sections: Sequence[str]) -> list[tuple[str, str]]:
@@ -68,3 +82,48 @@ def nli_measures(
     sums = [(float(part.sum()), len(part)) for part in parts]
     counts = [(int((part > 0).sum()), len(part)) for part in parts]
     return {"violation": rate_dict(bootstrap_rate(sums)), "contradicting": rate_dict(bootstrap_rate(counts))}
+
+
+def check_control(
+    scorer: NLIScorer, control: Mapping[str, Sequence[Sequence[str]]], margin: float = NLI_MARGIN
+) -> dict[str, dict[str, Any]]:
+    """
+    [`nli_measures`] of `given` and `planted`, sections without and with contradictions.
+
+    Raises:
+        ValueError: When the scorer does not see them: the interval of `violation` of `planted` must lie above that of
+            `given`.
+    """
+    found = {name: nli_measures(scorer, control[name], margin) for name in ("given", "planted")}
+    given, planted = (found[name]["violation"] for name in ("given", "planted"))
+    if not planted["n"] or not given["n"]:
+        raise ValueError("control has no two sections of one answer in `given` or `planted`, allowed: both have some.")
+    if not planted["low"] > given["high"]:
+        raise ValueError(
+            "the scorer does not see the contradictions of the control: violation is "
+            f"{planted['mean']:.3f} ({planted['low']:.3f} to {planted['high']:.3f}) with and {given['mean']:.3f} "
+            f"({given['low']:.3f} to {given['high']:.3f}) without; allowed: a scorer that tells them apart."
+        )
+    return found
+
+
+def consistent_attributes(sections: Sequence[Iterable[Fact]]) -> tuple[int, int]:
+    """
+    How many attributes (a subject with a predicate) several sections state, and how many of these with one object.
+
+    Args:
+        sections (`Sequence[Iterable[Fact]]`): Facts of each section of an answer. Case and outer blanks do not matter.
+
+    Returns:
+        `tuple[int, int]`: Consistent attributes, shared ones. A section that contradicts itself counts too.
+    """
+    stated: dict[tuple[str, str], list[set[str]]] = {}
+    for facts in sections:
+        own: dict[tuple[str, str], set[str]] = {}
+        for fact in facts:
+            key = fact.subj_id.strip().casefold(), fact.predicate.strip().casefold()
+            own.setdefault(key, set()).add(fact.object.strip().casefold())
+        for key, objects in own.items():
+            stated.setdefault(key, []).append(objects)
+    shared = [set().union(*objects) for objects in stated.values() if len(objects) > 1]
+    return sum(len(objects) == 1 for objects in shared), len(shared)

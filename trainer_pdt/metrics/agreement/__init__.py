@@ -1,0 +1,5 @@
+"""The `evaluate` module `agreement`."""
+
+from .agreement import Agreement
+
+__all__ = ["Agreement"]

@@ -1,0 +1,5 @@
+"""The `evaluate` module `contradiction`."""
+
+from .contradiction import Contradiction
+
+__all__ = ["Contradiction"]

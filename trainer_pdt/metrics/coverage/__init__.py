@@ -1,0 +1,5 @@
+"""The `evaluate` module `coverage`."""
+
+from .coverage import Coverage
+
+__all__ = ["Coverage"]

@@ -1,0 +1,5 @@
+"""The `evaluate` module `redundancy`."""
+
+from .redundancy import Redundancy
+
+__all__ = ["Redundancy"]

@@ -1,0 +1,5 @@
+"""The `evaluate` module `text_similarity`."""
+
+from .text_similarity import TextSimilarity
+
+__all__ = ["TextSimilarity"]
