@@ -14,7 +14,7 @@ from trainer_pdt.arguments import DataArguments
 from trainer_pdt.collator import PDTDataCollator
 from trainer_pdt.data.chat_client import BudgetExceeded
 from trainer_pdt.data.chat_store import AnswerStore
-from trainer_pdt.data.pipeline import make_teacher
+from trainer_pdt.data.pipeline import TEACHERS, make_teacher
 from trainer_pdt.data.publish import load_published
 from trainer_pdt.data.sources import make_source
 from trainer_pdt.data.storage import read_json, read_rejects
@@ -37,7 +37,7 @@ def test_recipes_name_fields_sources_and_teachers_that_exist(path):
 
 def test_there_is_a_recipe_per_teacher():
     teachers = {RecipeParser(*OPTIONS).parse(["--config", str(path)])[0].teacher for path in RECIPES}
-    assert teachers == {"procedural", "extractive", "chat"}
+    assert teachers == set(TEACHERS)
 
 
 def check_training_input(folder):

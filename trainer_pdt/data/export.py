@@ -1,7 +1,8 @@
 """Fifth stage: the published dataset as a folder that `load_dataset` and the Hub take."""
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,12 @@ from datasets import Dataset, DatasetDict, DatasetInfo
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from .augmentation import other_orders
+from .kd_records import kd_records
 from .options import ExportOptions
 from .publish import DOCUMENT_FEATURES, document_from_row
 from .quality import QualityMeasures
-from .quality_report import audit_markdown, report_markdown
+from .quality_report import AUDIT_OPENING, audit_markdown, report_markdown
 from .runner import Mapper, shard_input
-from .schema import Document
 from .splits import SPLITS
 from .storage import (
     MANIFEST_FILE,
@@ -25,13 +26,15 @@ from .storage import (
     file_digest,
     fingerprint,
     read_json,
+    read_parquet,
     read_shard,
     write_json,
     write_parquet,
     write_text,
 )
 
-DATASET_FOLDER, ARROW_FOLDER, DATA_FOLDER = "dataset", "dataset_arrow", "data"
+DATASET_FOLDER, ARROW_FOLDER, KD_FOLDER, DATA_FOLDER = "dataset", "dataset_arrow", "dataset_kd", "data"
+MARKER_FILE = "built_from.json"
 REPORT_FILE, REPORT_PAGE, AUDIT_FILE, CARD_FILE = "quality_report.json", "quality_report.md", "audit.md", "README.md"
 STAGES = ("preflight", "plans", "notes", "splits")
 
@@ -42,7 +45,7 @@ class _Part:
 
     rows: dict[str, int]
     measures: dict[str, QualityMeasures]
-    audit: list[Document]
+    audit: str
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,12 @@ class Export:
             self._write(part, num_shards, mapper, made_from)
             shutil.rmtree(self.folder, ignore_errors=True)
             part.rename(self.folder)
-        self._arrow(made_from)
+        self._beside(ARROW_FOLDER, self.options.save_arrow, made_from, self._write_arrow)
+        self._beside(KD_FOLDER, self.options.save_kd_jsonl, made_from, self._write_kd)
         return self.folder
 
     def _input(self, num_shards: int) -> str:
-        hidden = ("push_to_hub", "hub_private", "save_arrow")
+        hidden = ("push_to_hub", "hub_private", "save_arrow", "save_kd_jsonl")
         options = {name: value for name, value in asdict(self.options).items() if name not in hidden}
         setting = {"version": self.version, "options": options, "card": file_digest(self.card_template)}
         return fingerprint([shard_input(setting, self.root, ("notes", "splits"), n) for n in range(num_shards)])
@@ -99,7 +103,7 @@ class Export:
         report = {"stages": steps, "splits": {split: found.report() for split, found in measures.items()}}
         write_json(part / REPORT_FILE, report)
         write_text(part / REPORT_PAGE, report_markdown(report))
-        write_text(part / AUDIT_FILE, audit_markdown(document for shard in parts for document in shard.audit))
+        write_text(part / AUDIT_FILE, AUDIT_OPENING + "".join(shard.audit for shard in parts))
         write_text(part / CARD_FILE, self._card(rows, report))
         files = sorted(path for path in part.rglob("*") if path.is_file())
         write_json(
@@ -118,7 +122,7 @@ class Export:
         splits = {row["document_id"]: row for row in read_shard(self.root / "splits", number)}
         rows: dict[str, list[dict[str, Any]]] = {}
         measures: dict[str, QualityMeasures] = {}
-        audit = []
+        audit = ""
         for row in read_shard(self.root / "notes", number):
             if (found := splits.get(row["document_id"])) is None:
                 continue
@@ -129,7 +133,7 @@ class Export:
                 copies = other_orders(document, self.options.section_orders, self.options.section_order_seed)
                 rows["train"] += [copy.to_dict() for copy in copies]
             if found["audit"]:
-                audit.append(document)
+                audit += audit_markdown(document)
         for split, found in rows.items():
             write_parquet(_shard_file(folder, split, number), found, DOCUMENT_FEATURES)
         return _Part({split: len(found) for split, found in rows.items()}, measures, audit)
@@ -149,27 +153,42 @@ class Export:
         )
         return str(card)
 
-    def _arrow(self, made_from: str) -> None:
-        """The same dataset for `load_from_disk`, without traces of paths or times."""
-        target = self.root / ARROW_FOLDER
-        marker = target / "built_from.json"
-        if marker.is_file() and read_json(marker) == made_from:
+    def _beside(self, name: str, wanted: bool, made_from: str, write: Callable[[Path, str], None]) -> None:
+        """The dataset in another form, in a folder beside it: whole and of the same input, or not there."""
+        target = self.root / name
+        if (target / MARKER_FILE).is_file() and read_json(target / MARKER_FILE) == made_from:
             return
         shutil.rmtree(target, ignore_errors=True)
-        if not self.options.save_arrow:
-            return
-        part = self.root / f"{TEMPORARY}{ARROW_FOLDER}"
+        if wanted:
+            part = self.root / f"{TEMPORARY}{name}"
+            write(part, made_from)
+            write_json(part / MARKER_FILE, made_from)
+            part.rename(target)
+
+    def _files(self) -> dict[str, list[Path]]:
+        """The parquet files of every split."""
+        splits = read_json(self.folder / MANIFEST_FILE)["rows"]
+        return {split: sorted((self.folder / DATA_FOLDER).glob(f"{split}-*.parquet")) for split in splits}
+
+    def _write_arrow(self, part: Path, made_from: str) -> None:
+        """For `load_from_disk`, without traces of paths or times."""
         cache = self.root / f"{TEMPORARY}cache"
         splits = {}
-        for split in read_json(self.folder / MANIFEST_FILE)["rows"]:
-            files = sorted(str(path) for path in (self.folder / DATA_FOLDER).glob(f"{split}-*.parquet"))
-            table = Dataset.from_parquet(files, cache_dir=str(cache)).data
+        for split, files in self._files().items():
+            table = Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache)).data
             info = DatasetInfo(features=DOCUMENT_FEATURES)
             splits[split] = Dataset(table, info=info, fingerprint=fingerprint([made_from, split])[:16])
         DatasetDict(splits).save_to_disk(str(part))
-        write_json(part / marker.name, made_from)
-        part.rename(target)
         shutil.rmtree(cache)
+
+    def _write_kd(self, part: Path, made_from: str) -> None:
+        """A line per stream, see [`kd_records`]."""
+        part.mkdir()
+        for split, files in self._files().items():
+            with open(part / f"kd_{split}.jsonl", "w", encoding="utf-8", newline="\n") as stream:
+                for row in (row for file in files for row in read_parquet(file, self.root)):
+                    for record in kd_records(document_from_row(row), split):
+                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def push(self) -> str:
         """Uploads the folder; returns the address of the commit."""

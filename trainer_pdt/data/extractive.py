@@ -62,7 +62,7 @@ _ORGANISATION = re.compile(
 
 
 @dataclass(frozen=True)
-class _Item:
+class StatedItem:
     """A statement that the plan names: its owner, and (stream, start) of every repetition by a sibling."""
 
     statement: Statement
@@ -71,6 +71,7 @@ class _Item:
 
     @property
     def item_id(self) -> str:
+        """Owner and cue."""
         return f"s{self.owner}/{self.statement.cue}"
 
 
@@ -134,7 +135,7 @@ class ExtractiveTeacher:
             streams = self._streams(source, sections, count)
             if any(len(text[s.start : s.end].split()) < self.min_section_words for s in streams):
                 continue
-            prompt = source.prompt or _request(source, streams)
+            prompt = source.prompt or written_request(source, streams)
             items = self._items(source, prompt, streams)
             owners = {item.owner for item in items}
             if len(owners) < count:
@@ -142,7 +143,7 @@ class ExtractiveTeacher:
                 continue
             if sum(len(item.repeats) for item in items) < self.min_repeats:
                 raise Rejection("too_few_repeats", f"fewer than {self.min_repeats} facts are repeated by a sibling.")
-            plan_items = tuple(PlanItem(item.item_id, _item_text(item.statement), item.owner) for item in items)
+            plan_items = tuple(PlanItem(item.item_id, item_text(item.statement), item.owner) for item in items)
             values = [item.statement.value for item in items]
             told = tuple(StreamPlan(s.header, _mask(s.summary, values), s.start, s.end) for s in streams)
             return Plan(prompt, plan_items, told)
@@ -155,7 +156,7 @@ class ExtractiveTeacher:
         entities = _entities(source, items)
         sections = []
         for number in range(len(plan.streams)):
-            spans = sorted(_spans(items, number), key=lambda span: span.start)
+            spans = sorted(stated_spans(items, number), key=lambda span: span.start)
             subjects = {item.item_id: _subject(item, entities) for item in items}
             facts = tuple(Fact(subjects[s.item_id], s.cue, s.value, s.start, s.end) for s in spans)
             known = {"e0", *(fact.subj_id for fact in facts)}
@@ -191,26 +192,41 @@ class ExtractiveTeacher:
             streams.append(StreamPlan(header, _shorten(lead, MAX_SUMMARY), start, end))
         return tuple(streams)
 
-    def _items(self, source: SourceDocument, prompt: str, streams: Sequence[StreamPlan]) -> list[_Item]:
+    def _items(self, source: SourceDocument, prompt: str, streams: Sequence[StreamPlan]) -> list[StatedItem]:
         """The facts that the plan names, in stream order and then in order of the text."""
         text = source.text
         texts = [text[stream.start : stream.end] for stream in streams]
         told = [prompt, source.title, *(stream.header for stream in streams)]
-        chosen: list[_Item] = []
-        for owner, section in enumerate(texts):
-            candidates = []
-            for statement in find_statements(section):
-                places = {n: _repetition(statement, other) for n, other in enumerate(texts) if n != owner}
-                repeats = tuple((n, place) for n, place in places.items() if place is not None)
-                if not any(n < owner for n, _ in repeats):
-                    candidates.append(_Item(statement, owner, repeats))
-            candidates.sort(key=lambda i: (-len(i.repeats), KINDS.index(i.statement.kind), i.statement.start))
-            own: list[_Item] = []
-            for item in candidates:
-                if len(own) < self.max_items and _is_new(item.statement, [i.statement for i in chosen + own], told):
-                    own.append(item)
-            chosen += sorted(own, key=lambda item: item.statement.start)
-        return chosen
+        return choose_items([find_statements(part) for part in texts], texts, told, self.max_items)
+
+
+def choose_items(
+    found: Sequence[Sequence[Statement]], texts: Sequence[str], told: Sequence[str], max_items: int
+) -> list[StatedItem]:
+    """
+    The statements that a plan names, in stream order and then in order of the text.
+
+    Args:
+        found (`Sequence[Sequence[Statement]]`): Statements by stream; the first stream that states a fact owns it.
+        texts (`Sequence[str]`): The streams' sections.
+        told (`Sequence[str]`): What is known before anything is written; a value that stands there is no fact.
+        max_items (`int`): Most items per stream; facts that siblings repeat go first.
+    """
+    chosen: list[StatedItem] = []
+    for owner, statements in enumerate(found):
+        candidates = []
+        for statement in statements:
+            places = {n: _repetition(statement, other) for n, other in enumerate(texts) if n != owner}
+            repeats = tuple((n, place) for n, place in places.items() if place is not None)
+            if not any(n < owner for n, _ in repeats):
+                candidates.append(StatedItem(statement, owner, repeats))
+        candidates.sort(key=lambda i: (-len(i.repeats), KINDS.index(i.statement.kind), i.statement.start))
+        own: list[StatedItem] = []
+        for item in candidates:
+            if len(own) < max_items and _is_new(item.statement, [i.statement for i in chosen + own], told):
+                own.append(item)
+        chosen += sorted(own, key=lambda item: item.statement.start)
+    return chosen
 
 
 def group_evenly(weights: Sequence[int], count: int) -> list[tuple[int, int]]:
@@ -254,13 +270,15 @@ def _mask(text: str, values: Sequence[str]) -> str:
     return text
 
 
-def _request(source: SourceDocument, streams: Sequence[StreamPlan]) -> str:
+def written_request(source: SourceDocument, streams: Sequence[StreamPlan]) -> str:
+    """A request that the document would answer."""
     title = source.title or streams[0].header
     choice = hashlib.sha256(source.document_id.encode()).digest()[0] % len(REQUESTS)
     return REQUESTS[choice].format(title=title, count=NUMBER_WORDS[len(streams) - MIN_STREAMS])
 
 
-def _item_text(statement: Statement) -> str:
+def item_text(statement: Statement) -> str:
+    """What a plan says about a statement."""
     return ITEM_TEXTS[statement.kind].format(cue=statement.cue)
 
 
@@ -283,8 +301,8 @@ def _repetition(statement: Statement, text: str) -> int | None:
 
 def _is_new(statement: Statement, chosen: Sequence[Statement], told: Sequence[str]) -> bool:
     """Whether nothing told or planned holds the value, no chosen value is in its cue, and cue and value are unused."""
-    value, own_text = statement.value, _item_text(statement)
-    plan_texts = [*told, *(_item_text(other) for other in chosen)]
+    value, own_text = statement.value, item_text(statement)
+    plan_texts = [*told, *(item_text(other) for other in chosen)]
     if value.lower() in own_text.lower() or any(whole_value(value, True).search(text) for text in plan_texts):
         return False
     return not any(
@@ -293,7 +311,7 @@ def _is_new(statement: Statement, chosen: Sequence[Statement], told: Sequence[st
     )
 
 
-def _spans(items: Sequence[_Item], stream: int) -> list[Span]:
+def stated_spans(items: Sequence[StatedItem], stream: int) -> list[Span]:
     """Values that a stream states itself, then those that it repeats where they do not overlap others."""
     spans: list[Span] = []
     for item in items:
@@ -309,7 +327,7 @@ def _spans(items: Sequence[_Item], stream: int) -> list[Span]:
     return spans
 
 
-def _entities(source: SourceDocument, items: Sequence[_Item]) -> dict[str, Entity]:
+def _entities(source: SourceDocument, items: Sequence[StatedItem]) -> dict[str, Entity]:
     """By name: the document's subject as ``e0``, then what definitions define and names that are facts."""
     entities = {source.title: Entity("e0", source.title or source.document_id, source.domain)}
     for item in items:
@@ -329,7 +347,7 @@ def _entity_type(statement: Statement) -> str:
     return "person" if is_person else "name"
 
 
-def _subject(item: _Item, entities: Mapping[str, Entity]) -> str:
+def _subject(item: StatedItem, entities: Mapping[str, Entity]) -> str:
     return (
         entities[item.statement.subject].id if item.statement.subject in entities and item.statement.subject else "e0"
     )

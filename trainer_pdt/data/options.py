@@ -171,6 +171,8 @@ class ExportOptions:
             another order.
         section_order_seed (`int`, *optional*, defaults to 0): Seed of the orders.
         save_arrow (`bool`, *optional*, defaults to `False`): Also write `dataset_arrow` for `load_from_disk`.
+        save_kd_jsonl (`bool`, *optional*, defaults to `False`): Also write `dataset_kd`, one JSON record per stream in
+            the form of the original system, without its token ids and vectors.
         push_to_hub (`bool`, *optional*, defaults to `False`): Upload the folder `dataset`.
         hub_dataset_id (`str`, *optional*): Repository; needed for pushing.
         hub_private (`bool`, *optional*, defaults to `True`): Visibility of a new repository.
@@ -184,6 +186,7 @@ class ExportOptions:
     section_orders: int = _field(0, "Copies of training documents in other section orders.")
     section_order_seed: int = _field(0, "Seed of the orders.")
     save_arrow: bool = _field(False, "Also write dataset_arrow for load_from_disk.")
+    save_kd_jsonl: bool = _field(False, "Also write dataset_kd, one JSON record per stream.")
     push_to_hub: bool = _field(False, "Upload the dataset.")
     hub_dataset_id: str | None = _field(None, "Repository.")
     hub_private: bool = _field(True, "Visibility of a new repository.")

@@ -11,6 +11,7 @@ from .chat import ChatTeacher
 from .export import Export
 from .extractive import ExtractiveTeacher
 from .options import BuildOptions, ExportOptions, NotesOptions, PlanOptions, PreflightOptions, SplitOptions
+from .original_teacher import OriginalTeacher
 from .preflight import Preflight, source_from_row
 from .runner import Mapper, process_mapper, remove_shards_from, run_stage
 from .sources import make_source
@@ -20,7 +21,12 @@ from .storage import read_shard
 from .teachers import Teacher
 from .worlds_teacher import ProceduralTeacher
 
-TEACHERS: dict[str, type] = {"procedural": ProceduralTeacher, "extractive": ExtractiveTeacher, "chat": ChatTeacher}
+TEACHERS: dict[str, type] = {
+    "procedural": ProceduralTeacher,
+    "extractive": ExtractiveTeacher,
+    "chat": ChatTeacher,
+    "original": OriginalTeacher,
+}
 LOCK_FILE = ".lock"
 
 

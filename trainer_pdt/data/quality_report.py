@@ -37,19 +37,20 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def audit_markdown(documents: Iterable[Document]) -> str:
-    """Documents to read: request, plan, sections and their notes."""
-    lines = ["# Documents to read", "", "A random sample. Values in a section: `own`, or repeated from a sibling."]
-    for document in documents:
-        lines += ["", f"## {document.document_id}", "", f"Request: {_quoted(document.prompt)}"]
-        for stream in document.streams:
-            items = "; ".join(item.text for item in document.items if item.stream == stream.stream_id)
-            lines += ["", f"### {stream.stream_id}. {_quoted(stream.header)}", "", f"Plan: {_quoted(items)}", ""]
-            lines += [_quoted(stream.text), "", f"Notes: {_quoted(stream.notes.text)}", ""]
-            lines += [
-                f"- {_quoted(span.cue)} = {_quoted(span.value)} ({span.kind}, stream {span.owner})"
-                for span in stream.spans
-            ]
+AUDIT_OPENING = "# Documents to read\n\nA random sample. Values in a section: `own`, or repeated from a sibling.\n"
+
+
+def audit_markdown(document: Document) -> str:
+    """A document to read: request, plan, sections and their notes."""
+    lines = ["", f"## {document.document_id}", "", f"Request: {_quoted(document.prompt)}"]
+    for stream in document.streams:
+        items = "; ".join(item.text for item in document.items if item.stream == stream.stream_id)
+        lines += ["", f"### {stream.stream_id}. {_quoted(stream.header)}", "", f"Plan: {_quoted(items)}", ""]
+        lines += [_quoted(stream.text), "", f"Notes: {_quoted(stream.notes.text)}", ""]
+        lines += [
+            f"- {_quoted(span.cue)} = {_quoted(span.value)} ({span.kind}, stream {span.owner})"
+            for span in stream.spans
+        ]
     return "\n".join(lines) + "\n"
 
 

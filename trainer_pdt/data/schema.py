@@ -4,7 +4,7 @@ Text and stable ids only. Token ids, note vectors and slot numbers depend on a t
 later, in ``trainer_pdt.features``. Standard library only.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 NOTES_SCHEMA_VERSION = "2.0"
@@ -157,4 +157,11 @@ class Document:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, as `datasets` stores them."""
-        return asdict(self)
+        return _plain(self)
+
+
+def _plain(value: Any) -> Any:
+    """A record without its classes; `dataclasses.asdict` also copies what cannot change, at several times the cost."""
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return {name: _plain(entry) for name, entry in vars(value).items()} if hasattr(value, "__dict__") else value

@@ -17,6 +17,7 @@ from datasets import load_dataset
 
 from .installed import InstalledSource
 from .markup import MARKUP_FILES, MARKUP_VERSION, split_sections
+from .original import ORIGINAL_VERSION, original_document, read_kd, read_parquet_row
 from .splits import SPLITS
 from .storage import Reject, file_digest, read_parquet
 from .teachers import SourceDocument
@@ -222,8 +223,7 @@ class TextSource(_Files):
     """
 
     def __post_init__(self) -> None:
-        if self.columns:
-            raise ValueError(f"`columns` of source {self.name!r} is {self.columns!r}, text files have none.")
+        _refuse_columns(self)
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Fields, files, and the version of what reads headings."""
@@ -259,6 +259,47 @@ class ParquetSource(_Files):
         rows = (row for path in self.paths() for row in read_parquet(path, cache))
         for number, row in enumerate(rows):
             yield self.document(row, number)
+
+
+@dataclass(frozen=True)
+class OriginalParquetSource(ParquetSource):
+    """Parquet files of the original system; teacher `original` says again what its teacher said."""
+
+    def __post_init__(self) -> None:
+        _refuse_columns(self)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Fields, files, and the version of what reads rows."""
+        return {**super().fingerprint(), "original": ORIGINAL_VERSION}
+
+    def document(self, row: Mapping[str, Any], number: int) -> Row:
+        """The document of a row; copies that the original made for augmentation are rejected."""
+        place = f"{self.name}-{number:08d}"
+        return original_document(row, read_parquet_row, place, self.domain, self.split)
+
+
+@dataclass(frozen=True)
+class OriginalRecordsSource(JsonLinesSource):
+    """KD JSONL of the original system, or of [`ExportOptions.save_kd_jsonl`]: a record per stream of a sample."""
+
+    def __post_init__(self) -> None:
+        _refuse_columns(self)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Fields, files, and the version of what reads records."""
+        return {**super().fingerprint(), "original": ORIGINAL_VERSION}
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
+        """One per sample: the records of a sample follow each other and say the same about it."""
+        before = None
+        for row in super().rows(max_bytes, cache):
+            if row != before:
+                yield row
+            before = row
+
+    def document(self, row: Mapping[str, Any], number: int) -> Row:
+        """The document of a record."""
+        return original_document(row, read_kd, f"{self.name}-{number:08d}", self.domain, self.split)
 
 
 @dataclass(frozen=True)
@@ -307,6 +348,8 @@ SOURCES: dict[str, type] = {
     "parquet": ParquetSource,
     "hub": HubSource,
     "installed": InstalledSource,
+    "original_kd": OriginalRecordsSource,
+    "original_parquet": OriginalParquetSource,
 }
 
 
@@ -322,6 +365,11 @@ def make_source(options: Mapping[str, Any]) -> Source:
         return SOURCES[kind](**fields)
     except TypeError as error:
         raise ValueError(f"source of kind {kind!r}: {str(error).replace('__init__() ', '')}") from error
+
+
+def _refuse_columns(source: _Files) -> None:
+    if source.columns:
+        raise ValueError(f"`columns` of source {source.name!r} is {source.columns!r}, its kind has none.")
 
 
 def _columns(columns: Mapping[str, str]) -> Columns:

@@ -22,7 +22,7 @@ from trainer_pdt.arguments import DataArguments
 from trainer_pdt.data import export, storage
 from trainer_pdt.data.augmentation import other_orders
 from trainer_pdt.data.notes import readiness
-from trainer_pdt.data.publish import DOCUMENT_FEATURES, document_from_row
+from trainer_pdt.data.publish import DOCUMENT_FEATURES, document_from_row, load_published
 from trainer_pdt.data.storage import read_json, read_rejects, read_shard
 from trainer_pdt.data.worlds import WorldOptions, generate_document
 from trainer_pdt.features import load_features
@@ -184,13 +184,31 @@ def test_the_number_of_processes_changes_no_byte(built, tmp_path):
     assert all_bytes(tmp_path / "two") == all_bytes(built)
 
 
-def test_arrow_holds_the_same_rows_and_no_paths(copy, built, tmp_path):
-    make_builder(copy, save_arrow=True).run()
+@pytest.mark.slow
+def test_parts_that_are_built_apart_hold_the_documents_of_one_build(built, tmp_path):
+    for part, (start, count) in enumerate(((0, 11), (11, 10))):
+        make_builder(tmp_path / f"part_{part}", sources=[{"kind": "worlds", "start": start, "count": count}]).run()
+    pattern = str(tmp_path / "part_*" / "dataset" / "data")
+    files = {split: f"{pattern}/{split}-*.parquet" for split in ("train", "validation", "test")}
+    load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "c")).save_to_disk(str(tmp_path / "all"))
+    ids = [
+        {name: sorted(split["document_id"]) for name, split in load_published(str(folder)).items()}
+        for folder in (built / "dataset", tmp_path / "all")
+    ]
+    assert ids[0] == ids[1]
+
+
+def test_arrow_and_kd_records_hold_the_same_rows_and_no_paths(copy, built, tmp_path):
+    make_builder(copy, save_arrow=True, save_kd_jsonl=True).run()
     rows = published(copy, tmp_path)
     arrow = load_from_disk(str(copy / "dataset_arrow"))
     assert {name: list(split) for name, split in arrow.items()} == {name: list(split) for name, split in rows.items()}
     described = [path.read_text() for path in (copy / "dataset_arrow").rglob("*.json")]
     assert not [text for text in described if str(tmp_path) in text]
+    for name, split in rows.items():
+        lines = (copy / "dataset_kd" / f"kd_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        wanted = [(row["document_id"], stream["notes"]["text"]) for row in split for stream in row["streams"]]
+        assert [(r["sample_id"], r["notes_text"]) for r in map(json.loads, lines)] == wanted
 
 
 @pytest.mark.parametrize("num_streams", [2, 4])

@@ -272,7 +272,7 @@ def test_procedural_teacher_refuses_other_documents():
 
 def test_the_audit_page_shows_text_as_text():
     document = replace(build(), prompt="<script>\n# Title\n`x`")
-    page = audit_markdown([document])
+    page = audit_markdown(document)
     assert "Request: &lt;script> # Title 'x'" in page and FIRST in page and "- year = 1852 (sibling, stream 0)" in page
 
 

@@ -175,7 +175,7 @@ def test_parquet_and_datasets_with_sections(tmp_path):
         ({"kind": "worlds", "count": 3, "split": "dev"}, "`split` of a source is 'dev'"),
         ({"kind": "jsonl", "files": ["x"], "name": "n", "columns": {"body": "b"}}, r"unknown keys \['body'\]"),
         ({"kind": "jsonl", "files": ["x"], "name": "n", "columns": {"id": "b"}}, "neither `text` nor `sections`"),
-        ({"kind": "text", "files": ["x"], "name": "n", "columns": {"text": "b"}}, "text files have none"),
+        ({"kind": "text", "files": ["x"], "name": "n", "columns": {"text": "b"}}, "its kind has none"),
     ],
 )
 def test_bad_sources_are_named(options, message):
