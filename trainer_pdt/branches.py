@@ -20,11 +20,21 @@ from .arguments import PDTTrainingArguments
 from .collator import NO_SOURCE
 from .contradictions import contrary_items, disputed_tokens, exchange_texts, student_notes
 from .curriculum import Stage
-from .losses import TopKTeacher, supervised_positions, supervised_values
+from .losses import ChunkedLogits, TopKTeacher, supervised_positions, supervised_values
 from .noise import NoiseDraw, add_gaussian, drop_item_tokens
 from .teacher import EmaTeacher, digest_live, learn, predict, true_rollout
 
-TOKEN_LOSSES = ("lm_ce", "kd", "keep_close", "block_start", "use", "stab", "plan_snapshot")
+STUDENT_READS = {
+    "lm_ce": "ce",
+    "block_start": "ce",
+    "use": "ce",
+    "kd": "aim",
+    "keep_close": "trunk",
+    "stab": "stale",
+}
+"""Losses that are means over the student's tokens, and of what: cross-entropy, or divergence from another pass."""
+
+TOKEN_LOSSES = (*STUDENT_READS, "plan_snapshot")
 """Losses of the student's next-token predictions; without any of them no logits are made."""
 
 TARGETED_LOSSES = ("spec", "spec_kl", "kd_plan")
@@ -57,14 +67,14 @@ class BranchOutputs:
     Results of the passes; a field is `None` where no loss asked for it.
 
     Args:
-        student (`PDTOutput`): Reads what decoding would put on the bus (and the stage's noise); logits `[M, vocab]`.
+        student (`PDTOutput`): Reads what decoding would put on the bus (and the stage's noise); [`ChunkedLogits`].
         targets ([`Targets`]): What the student's logits are compared with.
         teacher (`PDTOutput`): Reads the true notes with the live weights.
         averaged (`PDTOutput`): Reads the true notes with the averaged weights.
-        aim (`Tensor` or [`TopKTeacher`]): Next tokens of the teacher of `kd`; `[M, vocab]`, as the other logits.
+        aim (`Tensor` or [`TopKTeacher`]): Next tokens of the teacher of `kd`; `[M, vocab]`, as all that follow.
         trunk (`Tensor` or [`TopKTeacher`]): Of the trunk alone on the same rows.
         stale (`Tensor` or [`TopKTeacher`]): With a window that is one round older.
-        buckets_MV (`Tensor`): With the plan's buckets in place of its texts as snapshot 0; with gradient.
+        buckets ([`ChunkedLogits`]): With the plan's buckets in place of its texts as snapshot 0; with gradient.
         silent_ce_M (`Tensor`): Cross-entropy with an empty bus.
         informed_ce_M (`Tensor`): Cross-entropy with true notes.
         fresh_gain_M (`Tensor`): Cross-entropy with the student's notes at decoding's lag minus that at lag 0.
@@ -80,7 +90,7 @@ class BranchOutputs:
     aim: Tensor | TopKTeacher | None = None
     trunk: Tensor | TopKTeacher | None = None
     stale: Tensor | TopKTeacher | None = None
-    buckets_MV: Tensor | None = None
+    buckets: ChunkedLogits | None = None
     silent_ce_M: Tensor | None = None
     informed_ce_M: Tensor | None = None
     fresh_gain_M: Tensor | None = None
@@ -281,7 +291,7 @@ def _teachers(
         older = replace(quiet, lag_R1=quiet.lag_R1 + 1)
         passes["stale"] = predict(model, positions, top_k, (temperature,), **same, rollout=older)[1].distributions[0]
     if stage.is_active("plan_snapshot"):
-        passes["buckets_MV"] = learn(
+        passes["buckets"] = learn(
             model, positions, arguments.logits_chunk, **same, rollout=_with_buckets(inputs, quiet)
         ).logits
     return passes

@@ -8,27 +8,25 @@ from torch import Tensor
 
 from .agreement_labels import AgreementLabels, automatic_labels, planted_labels, readiness_labels
 from .arguments import PDTTrainingArguments
-from .branches import BranchOutputs, Targets
+from .branches import STUDENT_READS, BranchOutputs, Targets
 from .curriculum import Stage
 from .losses import (
+    Read,
     agreement_bce,
     block_start_ce,
     coverage_bce,
-    kd_lm,
     kd_plan,
-    keep_close,
-    lm_ce,
-    notes_ce,
-    plan_snapshot_kl,
+    masked_mean,
     planner_ce,
     readiness_targets,
     redundancy,
     spec_cosine,
     spec_kl,
-    stability_kl,
     stream_ce,
     token_ce,
+    token_kl,
     use_margin,
+    weighted_mean,
 )
 
 OTHER_BLOCK_WEIGHT = 1.0
@@ -52,33 +50,42 @@ def loss_parts(
 
 
 def _token_parts(branches: BranchOutputs, stage: Stage, arguments: PDTTrainingArguments) -> dict[str, Any]:
-    targets, student_MV = branches.targets, branches.student.logits
+    targets, temperature = branches.targets, arguments.kd_temperature
     elsewhere_M = ~targets.sibling_M
-    return {
-        "lm_ce": lambda: lm_ce(student_MV, targets.tokens_M, targets.weights_M),
-        "block_start": lambda: block_start_ce(
-            student_MV,
-            targets.tokens_M,
-            targets.offsets_M.masked_fill(targets.weights_M == 0, -1),
-            arguments.block_start_tokens,
-        ),
-        "keep_close": lambda: keep_close(student_MV, branches.trunk, elsewhere_M),
-        "kd": lambda: kd_lm(
-            student_MV,
-            branches.aim,
-            _kd_weights(targets, arguments),
-            arguments.kd_temperature,
-        ),
-        "notes": lambda: notes_ce(branches.teacher.logits, targets.tokens_M, targets.weights_M),
-        "use": lambda: use_margin(
-            token_ce(student_MV, targets.tokens_M),
-            branches.silent_ce_M,
-            _needs_notes(branches, arguments),
-            arguments.usage_margin,
-        ),
-        "stab": lambda: stability_kl(student_MV, branches.stale, elsewhere_M, arguments.kd_temperature),
-        "plan_snapshot": lambda: plan_snapshot_kl(branches.buckets_MV, student_MV),
+
+    def ce(logits_mV: Tensor, place: slice) -> Tensor:
+        return token_ce(logits_mV, targets.tokens_M[place])
+
+    reads: dict[str, Read] = {
+        "ce": ce,
+        "aim": lambda logits_mV, place: token_kl(logits_mV, branches.aim[place], temperature),
+        "trunk": lambda logits_mV, place: token_kl(logits_mV, branches.trunk[place]),
+        "stale": lambda logits_mV, place: token_kl(logits_mV, branches.stale[place], temperature),
     }
+    asked = {STUDENT_READS[loss] for loss in stage.active_losses if loss in STUDENT_READS}
+    student = branches.student.logits.read({name: reads[name] for name in reads if name in asked}) if asked else {}
+    return {
+        "lm_ce": lambda: weighted_mean(student["ce"], targets.weights_M),
+        "block_start": lambda: block_start_ce(
+            student["ce"], targets.offsets_M.masked_fill(targets.weights_M == 0, -1), arguments.block_start_tokens
+        ),
+        "keep_close": lambda: masked_mean(student["trunk"], elsewhere_M),
+        "kd": lambda: weighted_mean(student["aim"], _kd_weights(targets, arguments)),
+        "notes": lambda: weighted_mean(branches.teacher.logits.read({"ce": ce})["ce"], targets.weights_M),
+        "use": lambda: use_margin(
+            student["ce"], branches.silent_ce_M, _needs_notes(branches, arguments), arguments.usage_margin
+        ),
+        "stab": lambda: masked_mean(student["stale"], elsewhere_M),
+        "plan_snapshot": lambda: _plan_snapshot(branches),
+    }
+
+
+def _plan_snapshot(branches: BranchOutputs) -> Tensor:
+    """A plan embedded from its buckets says to the readers what the texts of its items say; learns from the latter."""
+    texts_MV = branches.student.logits.whole()
+    reads = {"texts": lambda logits_mV, place: token_kl(logits_mV, texts_MV[place])}
+    divergence_M = branches.buckets.read(reads)["texts"]
+    return masked_mean(divergence_M, torch.ones_like(divergence_M))
 
 
 def _kd_weights(targets: Targets, arguments: PDTTrainingArguments) -> Tensor:

@@ -22,6 +22,9 @@ EMA_FILE = "ema.safetensors"
 LOGIT_ROWS = 128
 """Positions whose logits exist at the same time where only their best tokens are kept."""
 
+LOGIT_PARTS, LEAST_ROWS = 8, 32
+"""Parts, and their fewest positions, of logits that learn: the gradients of one part exist at the same time."""
+
 
 class EmaTeacher(TrainerCallback):
     """
@@ -151,33 +154,34 @@ def digest(
 
 @torch.no_grad()
 def digest_live(
-    logits_MV: Tensor | ChunkedLogits, top_k: int, temperatures: Sequence[float], tokens_M: Tensor | None = None
+    logits: ChunkedLogits, top_k: int, temperatures: Sequence[float], tokens_M: Tensor | None = None
 ) -> Prediction:
-    """[`digest`] of the logits of a pass that also learns; they come in parts where they are made so."""
-    if isinstance(logits_MV, Tensor):
-        return digest([logits_MV.detach()], top_k, temperatures, tokens_M)
-    chunks = logits_MV.detach().chunks() if top_k else [logits_MV.whole()]
-    return digest(chunks, top_k, temperatures, tokens_M)
+    """[`digest`] of the logits of a pass that also learns."""
+    return digest(logits.parts() if top_k else [logits.whole()], top_k, temperatures, tokens_M)
 
 
 def learn(model: nn.Module, positions_RT: Tensor, rows: int, **inputs: Any) -> PDTOutput:
     """
-    A pass with gradient.
+    A pass with gradient; its `logits` are [`ChunkedLogits`].
 
     Args:
         model (`nn.Module`): The model, possibly wrapped.
         positions_RT (`BoolTensor` of shape `[rows, tokens]`): Positions that predict a supervised token.
-        rows (`int`): Positions whose logits exist at the same time, see [`ChunkedLogits`]; 0 = all.
+        rows (`int`): Positions whose logits exist at the same time, made again for their gradient; 0 = all are kept.
         inputs (`Any`): Of the model's `forward`.
     """
-    if not rows:
-        return model(**inputs, logits_mask=positions_RT)
     output = model(**inputs, logits_mask=torch.zeros_like(positions_RT))
+    kept_rows = max(LEAST_ROWS, -(-int(positions_RT.sum()) // LOGIT_PARTS))
+    output.logits = _logits(model, output, positions_RT, rows or kept_rows, remade=rows > 0)
+    return output
+
+
+def _logits(model: nn.Module, output: PDTOutput, positions_RT: Tensor, rows: int, remade: bool) -> ChunkedLogits:
+    """Logits of a pass that made none, from its last states, which are let go."""
     hidden_MD, output.last_hidden_state = output.last_hidden_state[positions_RT], None
     head = extract_model_from_parallel(model).get_output_embeddings()
     # Mixed precision hands states back in float32.
-    output.logits = ChunkedLogits(hidden_MD.to(head.weight.dtype), head, rows)
-    return output
+    return ChunkedLogits(hidden_MD.to(head.weight.dtype), head, rows, remade)
 
 
 @torch.no_grad()
@@ -206,7 +210,5 @@ def predict(
         output = model(**inputs, logits_mask=positions_RT)
         return output, digest([output.logits], 0, temperatures, tokens_M)
     output = model(**inputs, logits_mask=nothing_RT)
-    hidden_MD, output.last_hidden_state = output.last_hidden_state[positions_RT], None
-    head = extract_model_from_parallel(model).get_output_embeddings()
-    logits = ChunkedLogits(hidden_MD.to(head.weight.dtype), head, LOGIT_ROWS)
-    return output, digest(logits.chunks(), top_k, temperatures, tokens_M)
+    logits = _logits(model, output, positions_RT, LOGIT_ROWS, remade=True)
+    return output, digest(logits.parts(), top_k, temperatures, tokens_M)

@@ -10,7 +10,7 @@ from tests.tiny_training import make_arguments, make_collator, make_features, ma
 from trainer_pdt.agreement_labels import planted_labels
 from trainer_pdt.branches import BranchOutputs, Targets, build_rollout, build_targets
 from trainer_pdt.curriculum import Stage
-from trainer_pdt.losses import IGNORE_INDEX
+from trainer_pdt.losses import IGNORE_INDEX, ChunkedLogits, token_ce, token_kl
 from trainer_pdt.objective import OTHER_BLOCK_WEIGHT, agreement_loss, loss_parts
 
 
@@ -66,14 +66,56 @@ def test_targets_weigh_what_a_note_can_have_told(model, batch):
     assert torch.equal(swapped.weights_M, torch.where(usual.sibling_M, 0.0, 1.0))
 
 
-@pytest.mark.parametrize("loss", ["use", "block_start"])
-def test_what_wrong_notes_tell_counts_nowhere(tmp_path, loss):
-    feasible = torch.tensor([True, True, False])
-    targets = Targets(
-        torch.tensor([0, 1, 2]), torch.zeros(3).long(), feasible, feasible, torch.tensor([5.0, 0.0, 1.0])
+WEIGHTS = torch.tensor([5.0, 0.0, 1.0, 1.0])
+FEASIBLE = torch.tensor([True, True, False, False])
+SIBLING = torch.tensor([True, True, True, False])
+COUNTED = {
+    "lm_ce": WEIGHTS,
+    "block_start": torch.tensor([1.0, 0.0, 1.0, 0.0]),
+    "use": torch.tensor([1.0, 0.0, 0.0, 0.0]),
+    "kd": torch.tensor([5.0, 0.0, 0.0, 1.0]),
+    "keep_close": torch.tensor([0.0, 0.0, 0.0, 1.0]),
+    "stab": torch.tensor([0.0, 0.0, 0.0, 1.0]),
+    "notes": WEIGHTS,
+    "plan_snapshot": torch.ones(4),
+}
+"""Weight of each token in each loss: the second reads a swapped note, the third repeats what no note can have told."""
+
+
+def four_tokens(logits):
+    """Passes over four tokens with given logits of the student, and of the passes that learn beside it."""
+    made = ChunkedLogits(logits, torch.nn.Identity(), 3, remade=False)
+    targets = Targets(torch.zeros(4).long(), torch.tensor([0, 1, 2, 9]), SIBLING, FEASIBLE, WEIGHTS)
+    teacher = torch.stack([torch.zeros(4), torch.tensor([0.3, 1.0, 2.0, 3.0])], dim=1)
+    return BranchOutputs(
+        PDTOutput(logits=made),
+        targets,
+        teacher=PDTOutput(logits=made),
+        aim=teacher,
+        trunk=2 * teacher,
+        stale=-teacher,
+        buckets=ChunkedLogits(logits + torch.tensor([0.0, 1.0]), torch.nn.Identity(), 3, remade=True),
+        silent_ce_M=torch.zeros(4),
     )
-    logits = torch.zeros(3, 4, requires_grad=True)
-    branches = BranchOutputs(PDTOutput(logits=logits), targets, silent_ce_M=torch.zeros(3))
+
+
+@pytest.mark.parametrize("loss", COUNTED)
+def test_a_loss_is_the_mean_over_its_tokens(tmp_path, loss):
+    logits = torch.zeros(4, 2, requires_grad=True)
+    branches, temperature = four_tokens(logits), 2.0
     inputs = {"input_ids": torch.zeros(1, 1), "item_ids": torch.zeros(1, 1, 1)}
-    loss_parts(branches, inputs, Stage("a", 1, ("snc",), {loss: 1.0}), make_arguments(tmp_path))[loss].backward()
-    assert (logits.grad.abs().sum(dim=1) > 0).tolist() == [True, False, loss == "block_start"]
+    arguments = make_arguments(tmp_path, kd_temperature=temperature, block_start_tokens=4)
+    value = loss_parts(branches, inputs, Stage("a", 1, ("snc",), {loss: 1.0}), arguments)[loss]
+
+    values = {
+        "kd": token_kl(logits, branches.aim, temperature),
+        "keep_close": token_kl(logits, branches.trunk),
+        "stab": token_kl(logits, branches.stale, temperature),
+        "plan_snapshot": token_kl(logits + torch.tensor([0.0, 1.0]), logits),
+    }.get(loss, token_ce(logits, branches.targets.tokens_M))
+    expected = (values * COUNTED[loss]).sum() / COUNTED[loss].sum()
+    if loss == "use":
+        expected = expected + arguments.usage_margin
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    assert ((logits.grad.abs().sum(dim=1) > 0) == (COUNTED[loss] > 0)).all()

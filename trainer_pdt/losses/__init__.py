@@ -1,19 +1,19 @@
-"""Losses as pure functions on tensors, and their weighted total.
+"""Losses as pure functions on tensors, and their weighted total. Those on next tokens are means of values per token.
 
 | name in a stage | function | trains |
 |---|---|---|
 | `planner` | `planner_ce` | planner |
 | `kd_plan` | `kd_plan` | planner |
-| `plan_snapshot` | `plan_snapshot_kl` | planner, snc, stream_adapters, writer |
-| `lm_ce` | `lm_ce` on the student branch | snc, stream_adapters, writer |
-| `kd` | `kd_lm` | snc, stream_adapters, writer |
-| `keep_close` | `keep_close` | snc, stream_adapters, writer |
+| `plan_snapshot` | mean of `token_kl` | planner, snc, stream_adapters, writer |
+| `lm_ce` | weighted mean of `token_ce` on the student branch | snc, stream_adapters, writer |
+| `kd` | weighted mean of `token_kl` | snc, stream_adapters, writer |
+| `keep_close` | mean of `token_kl` over tokens that no sibling decides | snc, stream_adapters, writer |
 | `block_start` | `block_start_ce` | snc, stream_adapters, writer |
-| `notes` | `notes_ce` on the teacher branch | encoder, snc, stream_adapters |
+| `notes` | weighted mean of `token_ce` on the teacher branch | encoder, snc, stream_adapters |
 | `spec` | `spec_cosine` | writer |
 | `spec_kl` | `spec_kl` | writer |
 | `use` | `use_margin` | snc, stream_adapters, writer |
-| `stab` | `stability_kl` | snc, stream_adapters, writer |
+| `stab` | mean of `token_kl` over tokens that no sibling decides | snc, stream_adapters, writer |
 | `red` | `redundancy` | writer |
 | `cov` | `coverage_bce` | coverage |
 | `stream` | `stream_ce` | stream |
@@ -28,20 +28,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .agreement import agreement_bce, balanced_weights, readiness_targets
-from .chunks import ChunkedLogits
-from .language import (
-    TopKTeacher,
-    block_start_ce,
-    join_teachers,
-    kd_lm,
-    keep_close,
-    lm_ce,
-    token_ce,
-    token_kl,
-    top_k_teacher,
-)
-from .notes import NLIScorer, nli_violation, notes_ce, redundancy, spec_cosine, spec_kl, stability_kl, use_margin
-from .plan import coverage_bce, kd_plan, plan_snapshot_kl, planner_ce, stream_ce
+from .chunks import ChunkedLogits, Read
+from .language import TopKTeacher, block_start_ce, join_teachers, token_ce, token_kl, top_k_teacher
+from .notes import NLIScorer, nli_violation, redundancy, spec_cosine, spec_kl, use_margin
+from .plan import coverage_bce, kd_plan, planner_ce, stream_ce
 from .reductions import (
     IGNORE_INDEX,
     masked_mean,
@@ -93,27 +83,22 @@ __all__ = [
     "ChunkedLogits",
     "LossReport",
     "NLIScorer",
+    "Read",
     "TopKTeacher",
     "agreement_bce",
     "balanced_weights",
     "block_start_ce",
     "coverage_bce",
     "join_teachers",
-    "kd_lm",
     "kd_plan",
-    "keep_close",
-    "lm_ce",
     "masked_mean",
     "nli_violation",
-    "notes_ce",
-    "plan_snapshot_kl",
     "planner_ce",
     "readiness_targets",
     "redundancy",
     "shift_and_mask",
     "spec_cosine",
     "spec_kl",
-    "stability_kl",
     "stream_ce",
     "supervised_positions",
     "supervised_values",

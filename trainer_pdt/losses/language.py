@@ -1,7 +1,6 @@
-"""Losses on next-token predictions: cross-entropy, distillation, staying close to the trunk, starts of blocks.
+"""What next-token losses average: cross-entropy and divergence of every supervised token.
 
-All of them take what `shift_and_mask` returns: one row of logits per supervised token, or [`ChunkedLogits`] of them.
-Logits are read in float32.
+Logits are given as `shift_and_mask` returns them, one row per supervised token, and are read in float32.
 """
 
 from collections.abc import Sequence
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunks import ChunkedLogits, by_chunk
-from .reductions import masked_mean, weighted_mean
+from .reductions import masked_mean
 
 BUCKET_ROWS = 64
 """Positions of which a copy of the logits exists at the same time."""
@@ -62,9 +60,9 @@ def join_teachers(parts: Sequence[TopKTeacher]) -> TopKTeacher:
     return TopKTeacher(log_probs_MC, torch.cat([part.indices_Mk for part in parts]), parts[0].temperature)
 
 
-def token_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor) -> Tensor:
+def token_ce(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """
-    Cross-entropy of every supervised token.
+    Cross-entropy of every supervised token. Gradient: the logits.
 
     Args:
         logits_MV (`Tensor` of shape `[supervised, vocabulary]`): Predictions.
@@ -73,24 +71,12 @@ def token_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `[supervised]` in nats.
     """
-    return by_chunk(_ce, logits_MV, targets_M)
+    return -_bucketed_log_probs(logits_MV, targets_M[:, None], 1.0)[:, 0]
 
 
-def lm_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor, weights_M: Tensor) -> Tensor:
+def token_kl(logits_MV: Tensor, teacher: Tensor | TopKTeacher, temperature: float = 1.0) -> Tensor:
     """
-    Cross-entropy with a weight per token, divided by the sum of the weights. Gradient: the logits.
-
-    Args:
-        logits_MV (`Tensor` of shape `[supervised, vocabulary]`): Student predictions.
-        targets_M (`LongTensor` of shape `[supervised]`): Tokens that follow.
-        weights_M (`Tensor` of shape `[supervised]`): For example 5 on sibling-fact tokens and 1 elsewhere.
-    """
-    return weighted_mean(token_ce(logits_MV, targets_M), weights_M)
-
-
-def token_kl(logits_MV: Tensor | ChunkedLogits, teacher: Tensor | TopKTeacher, temperature: float = 1.0) -> Tensor:
-    """
-    `temperature ** 2 * KL(teacher || student)` of every supervised token; the teacher gets no gradient.
+    `temperature ** 2 * KL(teacher || student)` of every supervised token. Gradient: the logits; the teacher gets none.
 
     Args:
         logits_MV (`Tensor` of shape `[supervised, vocabulary]`): Student predictions.
@@ -102,14 +88,6 @@ def token_kl(logits_MV: Tensor | ChunkedLogits, teacher: Tensor | TopKTeacher, t
         `Tensor` of shape `[supervised]` in nats.
     """
     _check_temperature(temperature)
-    return by_chunk(_kl, logits_MV, teacher, temperature=temperature)
-
-
-def _ce(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    return -_bucketed_log_probs(logits_MV, targets_M[:, None], 1.0)[:, 0]
-
-
-def _kl(logits_MV: Tensor, teacher: Tensor | TopKTeacher, temperature: float) -> Tensor:
     if isinstance(teacher, TopKTeacher):
         if teacher.temperature != temperature:
             raise ValueError(f"temperature={temperature} differs from the teacher's, allowed: {teacher.temperature}.")
@@ -123,77 +101,49 @@ def _kl(logits_MV: Tensor, teacher: Tensor | TopKTeacher, temperature: float) ->
     return temperature**2 * (target.exp() * (target - student)).sum(dim=-1)
 
 
-def kd_lm(
-    logits_MV: Tensor | ChunkedLogits, teacher: Tensor | TopKTeacher, weights_M: Tensor, temperature: float = 1.0
-) -> Tensor:
+def block_start_ce(ce_M: Tensor, offsets_M: Tensor, count: int) -> Tensor:
     """
-    Distillation of next-token predictions, `T ** 2 * KL(teacher || student)`. Gradient: the student's logits.
+    Cross-entropy of the first `count` tokens of each block, where the window has just changed. Gradient: `ce_M`.
 
     Args:
-        logits_MV (`Tensor` of shape `[supervised, vocabulary]`): Student predictions.
-        teacher (`Tensor` of the same shape or `TopKTeacher`): Branch with true notes, or the trunk that reads the
-            siblings' text; at the same supervised tokens.
-        weights_M (`Tensor` of shape `[supervised]`): Weight per token.
-        temperature (`float`, *optional*, defaults to 1.0): Above 0.
-    """
-    return weighted_mean(token_kl(logits_MV, teacher, temperature), weights_M)
-
-
-def keep_close(logits_MV: Tensor | ChunkedLogits, trunk: Tensor | TopKTeacher, mask_M: Tensor) -> Tensor:
-    """
-    `KL(trunk || model)` on tokens that no sibling decides, so that notes change only what they have to. Gradient: the
-    model's logits.
-
-    Args:
-        logits_MV (`Tensor` of shape `[supervised, vocabulary]`): Model with notes.
-        trunk (`Tensor` of the same shape or `TopKTeacher`): Trunk alone on the same row.
-        mask_M (`BoolTensor` of shape `[supervised]`): True on tokens that are not part of a sibling fact.
-    """
-    return masked_mean(token_kl(logits_MV, trunk), mask_M)
-
-
-def block_start_ce(logits_MV: Tensor | ChunkedLogits, targets_M: Tensor, offsets_M: Tensor, count: int) -> Tensor:
-    """
-    Cross-entropy of the first `count` tokens of each block, where the window has just changed. Gradient: the logits.
-
-    Args:
-        logits_MV (`Tensor` of shape `[supervised, vocabulary]`): Student predictions.
-        targets_M (`LongTensor` of shape `[supervised]`): Tokens that follow.
+        ce_M (`Tensor` of shape `[supervised]`): `token_ce` of the student.
         offsets_M (`LongTensor` of shape `[supervised]`): Place of each token in its block from 0; negative = no block.
         count (`int`): Tokens per block, at least 1.
     """
     if count < 1:
         raise ValueError(f"count={count} is out of range, allowed: at least 1.")
-    return masked_mean(token_ce(logits_MV, targets_M), (offsets_M >= 0) & (offsets_M < count))
+    return masked_mean(ce_M, (offsets_M >= 0) & (offsets_M < count))
 
 
 class _Buckets(torch.autograd.Function):
     """
-    Logits `[M, V]` as `[M, k + 1]`: those of k tokens and the log-sum-exp of all others. Beside the logits themselves
-    nothing of the vocabulary's size is kept, and the gradient is the only other tensor of that size.
+    Logits `[M, V]` over a temperature as `[M, k + 1]`: those of k tokens and the log-sum-exp of all others. Beside the
+    logits themselves nothing of the vocabulary's size is kept, and the gradient is the only other tensor of that size.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_MV: Tensor, indices_Mk: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_MV: Tensor, indices_Mk: Tensor, temperature: float) -> Tensor:
         parts = zip(logits_MV.split(BUCKET_ROWS), indices_Mk.split(BUCKET_ROWS), strict=True)
-        rests = [part.scatter(1, indices, float("-inf")).logsumexp(dim=-1, keepdim=True) for part, indices in parts]
+        rests = [
+            (part.float() / temperature).scatter_(1, indices, float("-inf")).logsumexp(dim=-1, keepdim=True)
+            for part, indices in parts
+        ]
         rest_M1 = torch.cat(rests)
         ctx.save_for_backward(logits_MV, indices_Mk, rest_M1)
-        return torch.cat([logits_MV.gather(1, indices_Mk), rest_M1], dim=-1)
+        ctx.temperature = temperature
+        return torch.cat([logits_MV.gather(1, indices_Mk).float() / temperature, rest_M1], dim=-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_MC: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient_MC: Tensor) -> tuple[Tensor, None, None]:
         logits_MV, indices_Mk, rest_M1 = ctx.saved_tensors
-        found_MV = (logits_MV - rest_M1).exp_().mul_(gradient_MC[:, -1:])
-        return found_MV.scatter_(1, indices_Mk, gradient_MC[:, :-1]), None
+        gradient_MC = gradient_MC / ctx.temperature
+        found_MV = (logits_MV.float() / ctx.temperature).sub_(rest_M1).exp_().mul_(gradient_MC[:, -1:])
+        return found_MV.scatter_(1, indices_Mk, gradient_MC[:, :-1]).to(logits_MV.dtype), None, None
 
 
 def _bucketed_log_probs(logits_MV: Tensor, indices_Mk: Tensor, temperature: float) -> Tensor:
-    logits_MV = logits_MV.float()
-    if temperature != 1.0:
-        logits_MV = logits_MV / temperature
-    return torch.log_softmax(_Buckets.apply(logits_MV, indices_Mk), dim=-1)
+    return torch.log_softmax(_Buckets.apply(logits_MV, indices_Mk, temperature), dim=-1)
 
 
 def _check_temperature(temperature: float) -> None:

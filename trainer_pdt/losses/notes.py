@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .language import TopKTeacher, lm_ce, token_kl
 from .reductions import masked_mean, weighted_mean
 
 
@@ -30,19 +29,6 @@ def spec_cosine(written_RKnN: Tensor, encoded_RKnN: Tensor, mask_RK: Tensor) -> 
     """
     cosine_RK = cosine_similarity(written_RKnN.float(), encoded_RKnN.detach().float(), dim=-1).mean(dim=-1)
     return masked_mean(1.0 - cosine_RK, mask_RK)
-
-
-def notes_ce(teacher_logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
-    """
-    Trains the encoder through the path that reads its notes: the cross-entropy of the teacher branch, computed *with*
-    gradient. Where another loss takes the teacher as its target, that loss detaches it.
-
-    Args:
-        teacher_logits_MV (`Tensor` of shape `[supervised, vocabulary]`): Predictions of the branch with true notes.
-        targets_M (`LongTensor` of shape `[supervised]`): Tokens that follow.
-        weights_M (`Tensor` of shape `[supervised]`): Weight per token.
-    """
-    return lm_ce(teacher_logits_MV, targets_M, weights_M)
 
 
 def spec_kl(written_RKnN: Tensor, encoded_RKnN: Tensor, coverage_RK: Tensor, temperature: float = 1.0) -> Tensor:
@@ -79,22 +65,6 @@ def use_margin(ce_M: Tensor, ce_without_notes_M: Tensor, weights_M: Tensor, marg
         raise ValueError(f"margin={margin} is out of range, allowed: at least 0.")
     gain = weighted_mean(ce_without_notes_M.detach(), weights_M) - weighted_mean(ce_M, weights_M)
     return torch.relu(margin - gain) * (weights_M.sum() > 0)
-
-
-def stability_kl(
-    logits_MV: Tensor, logits_before_MV: Tensor | TopKTeacher, mask_M: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """
-    `T ** 2 * KL(before || after)` of a refresh of the window, on tokens that the refresh should leave alone. Gradient:
-    the predictions after the refresh.
-
-    Args:
-        logits_MV (`Tensor` of shape `[supervised, vocabulary]`): Predictions with the refreshed window.
-        logits_before_MV (`Tensor` of the same shape or `TopKTeacher`): Predictions with the older window.
-        mask_M (`BoolTensor` of shape `[supervised]`): Tokens that have to stay as they were.
-        temperature (`float`, *optional*, defaults to 1.0): Above 0.
-    """
-    return masked_mean(token_kl(logits_MV, logits_before_MV, temperature), mask_M)
 
 
 def redundancy(notes_XSN: Tensor, mask_XS: Tensor, threshold: float = 0.7) -> Tensor:

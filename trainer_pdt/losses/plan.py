@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from .chunks import ChunkedLogits
 from .language import token_kl
 from .reductions import IGNORE_INDEX, masked_mean
 
@@ -33,21 +32,6 @@ def kd_plan(
         temperature (`float`, *optional*, defaults to 1.0): Above 0.
     """
     return masked_mean(token_kl(planner_logits_BPV, teacher_logits_BPV, temperature), mask_BP)
-
-
-def plan_snapshot_kl(buckets_MV: Tensor, texts_MV: Tensor) -> Tensor:
-    """
-    `KL(texts || buckets)` of next-token predictions: a plan embedded from its buckets says to the readers what the
-    texts of its items say. Gradient: the predictions with buckets.
-
-    Args:
-        buckets_MV (`Tensor` of shape `[supervised, vocabulary]`): Predictions with embedded buckets as snapshot 0.
-        texts_MV (`Tensor` of the same shape): Predictions with encoded item texts as snapshot 0; detached here.
-    """
-    if isinstance(texts_MV, ChunkedLogits):
-        texts_MV = texts_MV.detach().whole()
-    divergence_M = token_kl(buckets_MV, texts_MV)
-    return masked_mean(divergence_M, torch.ones_like(divergence_M))
 
 
 def coverage_bce(

@@ -1,11 +1,16 @@
-"""Logits in chunks: the same losses and gradients as whole ones, never all of them at once."""
+"""Logits in parts: the same values and gradients as whole ones, without many of their size at once."""
+
+import math
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from tests.tiny_training import BUS_STAGE, make_model, make_trainer, weights
-from trainer_pdt.losses import ChunkedLogits, kd_lm, lm_ce, token_ce, token_kl, top_k_teacher
+from trainer_pdt.losses import ChunkedLogits, token_ce, token_kl, top_k_teacher
 
 TOKENS, WIDTH, VOCABULARY = 11, 8, 40
 ALL = {
@@ -22,40 +27,87 @@ ALL = {
 
 
 class Head(nn.Linear):
-    """A frozen head that remembers how many rows it was given at most."""
+    """A frozen head that counts its calls, and the rows that it was given at most."""
 
     def __init__(self):
         super().__init__(WIDTH, VOCABULARY, bias=False)
         self.requires_grad_(False)
-        self.most = 0
+        self.most = self.calls = 0
 
     def forward(self, hidden_MD):
-        self.most = max(self.most, len(hidden_MD))
+        self.most, self.calls = max(self.most, len(hidden_MD)), self.calls + 1
         return super().forward(hidden_MD)
 
 
+def reads(tokens, target):
+    return {
+        "ce": lambda logits, place: token_ce(logits, tokens[place]),
+        "kl": lambda logits, place: token_kl(logits, target[place], 2.0),
+    }
+
+
 @pytest.mark.parametrize("rows", [1, 4, TOKENS, 50])
+@pytest.mark.parametrize("remade", [False, True])
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_losses_and_gradients_are_those_of_whole_logits(rows, top_k):
+def test_values_and_gradients_are_those_of_whole_logits(rows, remade, top_k):
     torch.manual_seed(0)
-    head, hidden, teacher = Head(), torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, VOCABULARY)
+    head, hidden, teacher = Head(), torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randn(TOKENS, VOCABULARY)
     target = top_k_teacher(teacher, top_k, 2.0) if top_k else teacher
     tokens, weight = torch.randint(VOCABULARY, (TOKENS,)), torch.rand(TOKENS)
-    found = {}
-    for chunked in (False, True):
-        leaf, head.most = hidden.clone().requires_grad_(), 0
-        logits = ChunkedLogits(leaf, head, rows) if chunked else head(leaf)
-        loss = lm_ce(logits, tokens, weight) + kd_lm(logits, target, weight, 2.0)
-        loss.backward()
-        found[chunked] = loss.detach(), leaf.grad
-        assert head.most == (min(rows, TOKENS) if chunked else TOKENS)
-    torch.testing.assert_close(found[True], found[False], rtol=1e-6, atol=1e-7)
+    logits = head(hidden)
+    expected = {"ce": token_ce(logits, tokens), "kl": token_kl(logits, target, 2.0)}
+    head.most = head.calls = 0
+    chunked = ChunkedLogits(hidden, head, rows, remade)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked.whole(), logits)
+    head.calls = 0 if remade else head.calls
+    found = chunked.read(reads(tokens, target))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+    gradients = [
+        torch.autograd.grad((values["ce"] * weight).sum() + values["kl"].mean(), hidden)[0]
+        for values in (expected, found)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    assert head.most == min(rows, TOKENS)
+    assert head.calls == math.ceil(TOKENS / rows) * (2 if remade else 1)
+    assert not chunked.whole().requires_grad
 
 
 def test_no_token_is_no_error():
-    logits = ChunkedLogits(torch.zeros(0, WIDTH, requires_grad=True), Head(), 4)
-    assert token_ce(logits, torch.zeros(0, dtype=torch.long)).shape == (0,)
-    assert token_kl(logits, torch.zeros(0, VOCABULARY)).shape == (0,)
+    logits = ChunkedLogits(torch.zeros(0, WIDTH, requires_grad=True), Head(), 4, remade=True)
+    found = logits.read(reads(torch.zeros(0, dtype=torch.long), torch.zeros(0, VOCABULARY)))
+    assert found["ce"].shape == found["kl"].shape == (0,)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most bytes of storages of some size that were alive at the same time."""
+
+    def __init__(self, smallest):
+        super().__init__()
+        self.smallest, self.alive, self.most = smallest, {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), choices=None):
+        out = function(*arguments, **(choices or {}))
+        for tensor in tree_iter(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.nbytes() >= self.smallest and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.most = max(self.most, sum(self.alive.values()))
+        return out
+
+
+def test_gradients_of_the_vocabularys_size_never_exist_together():
+    vocabulary, tokens, rows = 4096, 64, 8
+    hidden, head = torch.randn(tokens, WIDTH, requires_grad=True), nn.Linear(WIDTH, vocabulary).requires_grad_(False)
+    target = top_k_teacher(torch.randn(tokens, vocabulary), 4, 2.0)
+    whole, part = tokens * vocabulary * 4, rows * vocabulary * 4
+    for remade, most in ((False, whole + 3 * part), (True, 4 * part)):
+        with Largest(part) as largest:
+            found = ChunkedLogits(hidden, head, rows, remade).read(reads(torch.zeros(tokens).long(), target))
+            (found["ce"] + found["kl"]).sum().backward()
+        assert 0 < largest.most <= most
 
 
 @pytest.mark.slow

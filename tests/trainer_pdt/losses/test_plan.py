@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trainer_pdt.losses import coverage_bce, kd_plan, plan_snapshot_kl, planner_ce, stream_ce
+from trainer_pdt.losses import coverage_bce, kd_plan, planner_ce, stream_ce
 
 
 def test_planner_by_hand():
@@ -62,14 +62,3 @@ def test_all_masked_is_zero_with_a_graph():
 def test_bad_values_are_named():
     with pytest.raises(ValueError, match=r"pos_weight=0.0 .* above 0"):
         coverage_bce(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 1), pos_weight=0.0)
-
-
-def test_plan_snapshot_by_hand():
-    buckets = torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75]])).requires_grad_()
-    texts = torch.log(torch.tensor([[0.75, 0.25], [0.25, 0.75]])).requires_grad_()
-    value = plan_snapshot_kl(buckets, texts)
-    assert value.item() == pytest.approx((0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2, abs=1e-6)
-    value.backward()
-    assert texts.grad is None
-    assert (buckets.grad.abs().sum(dim=-1) > 1e-6).tolist() == [True, False]
-    assert plan_snapshot_kl(texts, texts).abs() < 1e-7
