@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .arguments import PDTTrainingArguments
-from .checkpoints import clear_unfinished, delete_checkpoint, find_checkpoints, step_of
+from .checkpoints import check_complete, clear_unfinished, delete_checkpoint, find_checkpoints
 from .telemetry import (
     MANIFEST_FILE,
     command_line,
@@ -37,11 +37,12 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
         settings (`Mapping`): Of this run, by part; what its manifest will hold.
 
     Raises:
-        ValueError: When `output_dir` holds a run with other settings, naming each of them, or a finished one.
+        ValueError: When `output_dir` holds a run with other settings, naming each of them, or a finished one; when the
+            named checkpoint is missing or damaged.
     """
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint:
-        if (step_of(Path(args.resume_from_checkpoint)) or 0) >= args.max_steps:
+        if check_complete(args.resume_from_checkpoint) >= args.max_steps:
             raise ValueError(_finished("resume_from_checkpoint", args.resume_from_checkpoint, args.max_steps))
         return args.resume_from_checkpoint
     checkpoints = find_checkpoints(folder)

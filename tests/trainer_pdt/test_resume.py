@@ -3,8 +3,9 @@
 import pytest
 
 from tests.tiny_training import make_arguments
+from trainer_pdt.checkpoints import COMPLETE_FILE
 from trainer_pdt.resume import differences, find_checkpoint, record_run
-from trainer_pdt.telemetry import read_json, to_jsonable
+from trainer_pdt.telemetry import read_json, to_jsonable, write_json
 
 
 def settings_of(args, **changes):
@@ -17,7 +18,9 @@ def run(tmp_path):
     args = make_arguments(tmp_path)
     record_run(args, settings_of(args), None)
     for step in (1, 2):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        write_json(checkpoint / COMPLETE_FILE, {"step": step, "files": {}})
     return tmp_path
 
 
@@ -81,6 +84,12 @@ def test_a_named_checkpoint_goes_on_with_other_settings(run):
     assert checkpoint == str(run / "checkpoint-1")
     record_run(args, settings_of(args), checkpoint)
     assert read_json(run / "manifest.json")["config"]["training"]["learning_rate"] == 0.5
+
+
+def test_a_named_checkpoint_has_to_be_there_before_anything_is_recorded(run):
+    args = make_arguments(run, resume_from_checkpoint=str(run / "checkpoint-7"))
+    with pytest.raises(ValueError, match="checkpoint-7.* is not a complete checkpoint: there is no such folder"):
+        find_checkpoint(args, settings_of(args))
 
 
 def test_overwriting_deletes_the_checkpoints(run):
