@@ -88,7 +88,7 @@ def test_a_named_checkpoint_goes_on_with_other_settings(run):
 
 def test_a_named_checkpoint_has_to_be_there_before_anything_is_recorded(run):
     args = make_arguments(run, resume_from_checkpoint=str(run / "checkpoint-7"))
-    with pytest.raises(ValueError, match="checkpoint-7.* is not a complete checkpoint: there is no such folder"):
+    with pytest.raises(ValueError, match=r"checkpoint-7.* is not a complete checkpoint: there is no such folder"):
         find_checkpoint(args, settings_of(args))
 
 
