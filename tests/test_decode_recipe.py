@@ -1,7 +1,6 @@
 """recipes/decode.py on a tiny random model, and the view that it shows."""
 
 import dataclasses
-import importlib.util
 import io
 import json
 import re
@@ -15,25 +14,14 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from modeling_pdt import PDTForParallelDecoding, PDTGenerationConfig
 from modeling_pdt.interventions import make_interventions
 from modeling_pdt.policies import CadencePolicy
+from recipes import decode, replay
 from trainer_pdt.live_view import LiveView
 from trainer_pdt.manifest import differences, read_decode_manifest
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import read_json, write_json
 from trainer_pdt.trunk import train_tokenizer
 
-PATH = Path(__file__).parents[1] / "recipes/decode.py"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_recipe", PATH.with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    return load("decode")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +47,19 @@ def model(tokenizer):
     return model
 
 
-def arguments(recipe, *words):
-    return RecipeParser(recipe.DecodeArguments).parse(["--model", "unused", *words])[0]
+def arguments(*words):
+    return RecipeParser(decode.DecodeArguments).parse(["--model", "unused", *words])[0]
 
 
 def console(width=100, terminal=False):
     return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
 
 
-def test_the_answer_is_shown_and_recorded(recipe, model, tokenizer, tmp_path):
+def test_the_answer_is_shown_and_recorded(model, tokenizer, tmp_path):
     screen, manifest = console(), tmp_path / "folder/manifest.json"
     options = ["--plan", "none", "--headers", "Farming", "Places", "--num_streams", "2", "--max_new_tokens", "10"]
     gate = ["--agreement_threshold", "1.0", "--interventions", "stale", "--manifest", str(manifest), "--seed", "3"]
-    output = recipe.decode(
-        model, tokenizer, arguments(recipe, "--prompt", "Describe Velmar.", *options, *gate), screen
-    )
+    output = decode.decode(model, tokenizer, arguments("--prompt", "Describe Velmar.", *options, *gate), screen)
     written = screen.file.getvalue()
     record = json.loads(manifest.read_text())
     assert record["prompts"] == ["Describe Velmar.\n"]
@@ -86,41 +72,41 @@ def test_the_answer_is_shown_and_recorded(recipe, model, tokenizer, tmp_path):
     assert record["merged"][0].splitlines()[0] in written[written.index("merged answer") :]
 
 
-def test_a_file_of_requests_is_one_batch(recipe, model, tokenizer, tmp_path):
+def test_a_file_of_requests_is_one_batch(model, tokenizer, tmp_path):
     file = tmp_path / "requests.txt"
     file.write_text("Describe Velmar.\n\nDescribe Tanmar in three parts.\n")
     given = ["--prompt_file", str(file), "--plan", "planner", "--max_new_tokens", "5", "--temperature", "0"]
     screen = console()
-    output = recipe.decode(model, tokenizer, arguments(recipe, *given, "--interventions", "swap"), screen)
+    output = decode.decode(model, tokenizer, arguments(*given, "--interventions", "swap"), screen)
     assert [len(rows) for rows in output.streams] == [3, 3]
     assert "prompt 1 stream 2 committed:" in screen.file.getvalue()
     assert not output.trace.settings["do_sample"]
 
 
 @pytest.mark.parametrize("words", [[], ["--prompt", "a", "--prompt_file", "b"]])
-def test_one_source_of_requests(recipe, words):
+def test_one_source_of_requests(words):
     with pytest.raises(ValueError, match="give exactly one of `prompt` and `prompt_file`"):
-        arguments(recipe, *words).requests()
+        arguments(*words).requests()
 
 
-def test_the_recipe_runs_from_a_saved_folder(recipe, model, tokenizer, tmp_path, capsys):
+def test_the_recipe_runs_from_a_saved_folder(model, tokenizer, tmp_path, capsys):
     model.save_pretrained(tmp_path, include_trunk=True)
     tokenizer.save_pretrained(tmp_path)
     words = ["--prompt", "Describe Velmar.", "--plan", "none", "--max_new_tokens", "4", "--threads"]
-    recipe.main(["--model", str(tmp_path), *words, str(torch.get_num_threads())])
+    decode.main(["--model", str(tmp_path), *words, str(torch.get_num_threads())])
     assert "merged answer" in capsys.readouterr().out
 
 
-def test_a_run_leaves_its_files_and_can_be_replayed(recipe, model, tokenizer, tmp_path, capsys):
+def test_a_run_leaves_its_files_and_can_be_replayed(model, tokenizer, tmp_path, capsys):
     names = {"manifest": "out/manifest.json", "stream_jsonl": "out/tokens.jsonl", "replay_folder": "out/replay"}
     words = [word for name, file in names.items() for word in (f"--{name}", str(tmp_path / file))]
     notes = tmp_path / "notes.yaml"
     notes.write_text("stream_0: [barley]\n")
     plan = ["--plan_texts", '{"text": "main crop", "stream": 0}', '{"text": "mayor"}', "--seed_texts", "a", "b", "c"]
     options = ["--max_new_tokens", "10", "--token_records", "--memory_report", "--top_p", "0.9"]
-    given = arguments(recipe, "--prompt", "Velmar.", *words, *plan, *options, "--reference_notes", str(notes))
+    given = arguments("--prompt", "Velmar.", *words, *plan, *options, "--reference_notes", str(notes))
     given.agreement_threshold, given.max_retries = 0.999, 2
-    output = recipe.decode(model, tokenizer, given, console())
+    output = decode.decode(model, tokenizer, given, console())
     record = read_decode_manifest(tmp_path / "out/manifest.json")
     assert record["reference_notes"] == {"stream_0": ["barley"]}
     lines = [json.loads(line)["event"] for line in (tmp_path / "out/tokens.jsonl").read_text().splitlines()]
@@ -131,32 +117,32 @@ def test_a_run_leaves_its_files_and_can_be_replayed(recipe, model, tokenizer, tm
     assert items[0]["bucket"] > 0 and items[1] == {"text": "mayor", "stream": None, "bucket": None}
     assert output.trace.of_kind("rollback")
     folder = ["--replay_folder", str(tmp_path / "out/replay")]
-    load("replay").main([*folder, "--trace", str(tmp_path / "trace.json")])
+    replay.main([*folder, "--trace", str(tmp_path / "trace.json")])
     assert "replay: identical" in capsys.readouterr().out
     assert list(differences(record["trace"], read_json(tmp_path / "trace.json"))) == []
     stored = read_json(tmp_path / "out/replay/replay.json")
     stored["trace"]["events"][-1]["tokens"][0] += 1
     write_json(tmp_path / "out/replay/replay.json", stored)
     with pytest.raises(SystemExit, match=r"replay: differs\n  trace\.events\[\d+\]\.tokens\[0\] is"):
-        load("replay").main(folder)
+        replay.main(folder)
 
 
-def test_every_option_of_decoding_is_an_option_of_the_recipe(recipe):
+def test_every_option_of_decoding_is_an_option_of_the_recipe():
     options = set(vars(PDTGenerationConfig())) - set(vars(GenerationConfig()))
-    fields = {field.name for field in dataclasses.fields(recipe.DecodeArguments)}
+    fields = {field.name for field in dataclasses.fields(decode.DecodeArguments)}
     assert options <= fields
-    text = RecipeParser(recipe.DecodeArguments).format_help()
+    text = RecipeParser(decode.DecodeArguments).format_help()
     assert "--bus_lag (default None) Rounds between writing and reading.\n" in text
-    given = arguments(recipe, "--prompt", "a", "--bus_lag", "2", "--retry_policy", "stale")
+    given = arguments("--prompt", "a", "--bus_lag", "2", "--retry_policy", "stale")
     chosen = given.generate_arguments()
     assert (chosen["bus_lag"], chosen["retry_policy"]) == (2, "stale") and "block_size" not in chosen
 
 
-def test_the_originals_flags_all_have_a_row(recipe):
-    text = (PATH.parents[1] / "docs/decoding.md").read_text(encoding="utf-8").split("## Options of the recipe")[1]
+def test_the_originals_flags_all_have_a_row():
+    text = (ROOT / "docs/decoding.md").read_text(encoding="utf-8").split("## Options of the recipe")[1]
     rows = re.findall(r"^\| `(--\S+)` \| (.*) \|$", text, re.MULTILINE)
     assert len(rows) == len(dict(rows)) == 47
-    fields = {field.name for field in dataclasses.fields(recipe.DecodeArguments)} | {"config"}
+    fields = {field.name for field in dataclasses.fields(decode.DecodeArguments)} | {"config"}
     for flag, equivalent in rows:
         named = set(re.findall(r"`--(\w+)", equivalent)) | set(re.findall(r"`(\w+):` in a", equivalent))
         assert named <= fields, flag
@@ -203,7 +189,7 @@ def test_the_view_shows_what_is_being_written(model, tokenizer):
 
 
 def test_the_documents_code_runs(model, tokenizer, monkeypatch):
-    text = (PATH.parents[1] / "docs/decoding.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/decoding.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) == 8
     monkeypatch.setattr(PDTForParallelDecoding, "from_pretrained", lambda *args: model)

@@ -1,14 +1,14 @@
 """recipes/ablate.py: what it trains, keeps and repeats; trainings are pretended."""
 
 import fcntl
-import importlib.util
 import subprocess
-import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from recipes import ablate as recipe
 from trainer_pdt import runs
 from trainer_pdt.telemetry import read_json, write_json
 
@@ -18,29 +18,24 @@ OPTIONS = ["--config", str(ROOT / "recipes/tiny/ablations.yaml"), "--variants", 
 
 @pytest.fixture
 def ablate(tmp_path, monkeypatch):
-    """The script as a module; a training writes its files, or fails, in no time."""
-    spec = importlib.util.spec_from_file_location("ablate_recipe", ROOT / "recipes/ablate.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ablate_recipe", module)
-    spec.loader.exec_module(module)
-    module.ran, module.fails = [], ()
+    """The script, in whose runs a training writes its files, or fails, in no time."""
+    ablate = SimpleNamespace(ran=[], fails=(), folder=tmp_path / "out")
 
     def run(command, cwd, env, check, stdout, stderr, pass_fds):
-        recipe = read_json(command[-1])
-        folder = Path(recipe["output_dir"])
-        name = f"{folder.parents[1].name}/{recipe['seed']}"
-        module.ran.append(name)
+        options = read_json(command[-1])
+        folder = Path(options["output_dir"])
+        name = f"{folder.parents[1].name}/{options['seed']}"
+        ablate.ran.append(name)
         assert command[1:3] == ["recipes/train.py", "--config"] and env["OMP_NUM_THREADS"] == "1" and check
         assert len(pass_fds) == 1
-        if name in module.fails:
+        if name in ablate.fails:
             raise subprocess.CalledProcessError(1, command)
-        finish(folder, recipe["max_steps"], 0.5 + recipe["seed"] / 100)
+        finish(folder, options["max_steps"], 0.5 + options["seed"] / 100)
 
     monkeypatch.setattr(runs.subprocess, "run", run)
     monkeypatch.setattr(runs, "write_training_report", lambda folder: None)
-    module.folder = tmp_path / "out"
-    module.start = lambda *words: (module.ran.clear(), module.main([*OPTIONS, "--output", str(module.folder), *words]))
-    return module
+    ablate.start = lambda *words: (ablate.ran.clear(), recipe.main([*OPTIONS, "--output", str(ablate.folder), *words]))
+    return ablate
 
 
 def finish(folder, step, accuracy):

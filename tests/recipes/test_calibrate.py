@@ -1,29 +1,16 @@
 """recipes/calibrate.py on a tiny model: files in the model's folder, taken up by the next load."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 from modeling_pdt import PDTForParallelDecoding
+from recipes import calibrate
 from tests.tiny_training import make_model, tokenizer
 from trainer_pdt.data.counting import StreamText
 from trainer_pdt.evaluation import suite
 from trainer_pdt.telemetry import read_json
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture
-def recipe():
-    spec = importlib.util.spec_from_file_location("calibrate_recipe", ROOT / "recipes/calibrate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_thresholds_reach_the_next_load(recipe, tmp_path, monkeypatch):
+def test_thresholds_reach_the_next_load(tmp_path, monkeypatch):
     """The worlds' own sections stand in for what a trained model writes; every item is covered at the end."""
 
     def write(model, tokenizer, documents, **options):
@@ -42,7 +29,7 @@ def test_thresholds_reach_the_next_load(recipe, tmp_path, monkeypatch):
     model, folder = make_model(), tmp_path / "model"
     model.save_pretrained(folder, include_trunk=True)
     tokenizer().save_pretrained(folder)
-    report = recipe.main(["--model", str(folder), "--calibration_documents", "4", "--threads", "1"])
+    report = calibrate.main(["--model", str(folder), "--calibration_documents", "4", "--threads", "1"])
     assert set(report) == {"agreement", "agreement_judgeable", "agreement_planted", "coverage"}
     loaded = PDTForParallelDecoding.from_pretrained(folder).generation_config
     for head in ("agreement", "coverage"):

@@ -1,14 +1,15 @@
 """recipes/demo.py: what it runs, what it keeps, what it refuses; and the whole chain with tiny numbers."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from recipes import demo as recipe
 from trainer_pdt.parser import RecipeParser, load_yaml
 from trainer_pdt.telemetry import read_json, write_json
 
@@ -18,32 +19,28 @@ TRUNK = ROOT / "recipes/tiny/trunk/model.safetensors"
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
-    """The script as a module, in an empty repository with a recipe and a trunk; commands are recorded, not run."""
-    spec = importlib.util.spec_from_file_location("demo_recipe", ROOT / "recipes/demo.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "demo_recipe", module)
-    spec.loader.exec_module(module)
+    """The script in an empty repository with a recipe and a trunk; commands are recorded, not run."""
     (tmp_path / "trunk").mkdir()
     (tmp_path / "trunk/model.safetensors").touch()
     write_json(tmp_path / "train.yaml", {"trunk": "trunk", "max_steps": 3})
     config = {"demo_folder": "build/demo", "train_config": "train.yaml", "decode_prompts": ["One.", "It's two."]}
     write_json(tmp_path / "recipes/tiny/demo.yaml", {**config, "expected_minutes": {"train": 2.5, "report": 0.5}})
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    module.ran, module.fails = [], ()
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
+    demo = SimpleNamespace(ran=[], fails=())
 
     def run(command, cwd, env, check):
         assert cwd == tmp_path and env["OMP_NUM_THREADS"] == "2"
-        module.ran.append(command)
-        return subprocess.CompletedProcess(command, 3 if any(word in command for word in module.fails) else 0)
+        demo.ran.append(command)
+        return subprocess.CompletedProcess(command, 3 if any(word in command for word in demo.fails) else 0)
 
-    monkeypatch.setattr(module.subprocess, "run", run)
-    return module
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    return demo
 
 
 def start(demo, monkeypatch, *words):
     demo.ran.clear()
     monkeypatch.setattr(sys, "argv", ["demo.py", *words])
-    demo.main()
+    recipe.main()
     return [
         next(word for word in command if word.startswith(("recipes/", "trainer")) and "yaml" not in word)
         for command in demo.ran
@@ -113,17 +110,17 @@ def test_missing_trunk_says_how_to_make_it(demo, monkeypatch, tmp_path):
     assert not (tmp_path / "build").exists()
 
 
-def test_words_of_options(demo):
+def test_words_of_options():
     options = {"plan": "trunk", "names": ["a", "b"], "rate": 0.5, "on": True, "stages": [{"until": 3}]}
-    assert demo.as_words(options) == [
+    assert recipe.as_words(options) == [
         *("--plan", "trunk", "--names", "a", "b", "--rate", "0.5", "--on", "true", "--stages", '{"until": 3}'),
     ]
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "smoke.yaml"])
-def test_shipped_recipes_fill_the_arguments(demo, name):
-    (arguments,) = RecipeParser(demo.DemoArguments).parse(["--config", str(ROOT / "recipes/tiny" / name)])
-    assert set(arguments.expected_minutes) == set(demo.SAYS)
+def test_shipped_recipes_fill_the_arguments(name):
+    (arguments,) = RecipeParser(recipe.DemoArguments).parse(["--config", str(ROOT / "recipes/tiny" / name)])
+    assert set(arguments.expected_minutes) == set(recipe.SAYS)
     known = load_yaml(ROOT / arguments.train_config).keys()
     assert not arguments.train_options.keys() - known - {"stages"}
     assert round(sum(arguments.expected_minutes.values()), 1) <= (15 if name == "demo.yaml" else 2)

@@ -1,13 +1,14 @@
 """recipes/proof.py: what it makes and in which order, pretended; and every kind of piece with tiny numbers."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from recipes import proof as recipe
 from trainer_pdt import runs
 from trainer_pdt.telemetry import read_json, write_json
 
@@ -17,19 +18,15 @@ SMOKE = str(ROOT / "recipes/tiny/proof_smoke.yaml")
 
 @pytest.fixture
 def proof(tmp_path, monkeypatch):
-    """The script as a module; a piece leaves its files, or fails, in no time."""
-    spec = importlib.util.spec_from_file_location("proof_recipe", ROOT / "recipes/proof.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "proof_recipe", module)
-    spec.loader.exec_module(module)
-    module.ran, module.fails = [], ()
+    """The script, in whose runs a piece leaves its files, or fails, in no time."""
+    proof = SimpleNamespace(ran=[], fails=())
 
     def run(command, cwd, env, check, stdout, stderr, pass_fds):
         folder = Path(command[-1]).parent
         name = folder.relative_to(tmp_path / "out").as_posix()
-        module.ran.append(name)
-        recipe = read_json(command[-1])
-        if name in module.fails:
+        proof.ran.append(name)
+        options = read_json(command[-1])
+        if name in proof.fails:
             raise subprocess.CalledProcessError(1, command)
         if command[1] == runs.TRAIN:
             report = {"seconds_per_step": 1.0, "seconds": 8.0, "logs": [], "step": 4}
@@ -40,15 +37,15 @@ def proof(tmp_path, monkeypatch):
             ):
                 write_json(folder / "model" / file, content)
         elif command[1] == runs.EVALUATE:
-            assert Path(recipe["model"], "training_report.json").is_file()
+            assert Path(options["model"], "training_report.json").is_file()
             write_json(folder / "evaluation.json", {"sibling_fact_recall": {"pdt": {"mean": 1.0, "n": 2}}})
             write_json(folder / "documents.json", {"sibling_fact_recall/pdt": [[1, 1], [1, 1]]})
 
     monkeypatch.setattr(runs.subprocess, "run", run)
     monkeypatch.setattr(runs, "git_state", lambda: None)
     words = ["--config", SMOKE, "--output", str(tmp_path / "out"), "--report", str(tmp_path / "report.md")]
-    module.start = lambda *more: (module.ran.clear(), module.main([*words, *more]))
-    return module
+    proof.start = lambda *more: (proof.ran.clear(), recipe.main([*words, *more]))
+    return proof
 
 
 ALL = [
@@ -97,14 +94,14 @@ def test_report_only_makes_nothing(proof, tmp_path):
 
 
 def test_a_recipe_that_cannot_run_is_refused_before_anything_is_made(proof, monkeypatch):
-    planned = proof.plan_pieces
+    planned = recipe.plan_pieces
 
     def broken(*args):
         pieces = planned(*args)
         pieces["second_evaluated"][0].recipe["core_documents"] = 0
         return pieces
 
-    monkeypatch.setattr(proof, "plan_pieces", broken)
+    monkeypatch.setattr(recipe, "plan_pieces", broken)
     with pytest.raises(ValueError, match="core_documents must be >= 2, got 0"):
         proof.start()
     assert proof.ran == []

@@ -1,6 +1,5 @@
 """Every training recipe through the real parser; GPT-OSS-20B with its real shapes and without weights."""
 
-import importlib.util
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from modeling_pdt import PDTAdapterConfig, PDTForParallelDecoding, Rollout
 from modeling_pdt.rollout import encode_texts
+from recipes.decode import DecodeArguments
 from tests.tiny_training import make_features, make_model, make_trainer, weights
 from trainer_pdt import PDTTrainingArguments
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
@@ -104,11 +104,8 @@ def test_optimizer_and_schedule_come_from_the_arguments(optim, schedule, tmp_pat
 
 
 def test_the_decode_recipe_parses():
-    spec = importlib.util.spec_from_file_location("decode_recipe", RECIPES / "decode.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     config = str(RECIPES / "gpt_oss_20b/decode.yaml")
-    (arguments,) = RecipeParser(recipe.DecodeArguments).parse(["--config", config, "--prompt", "x"])
+    (arguments,) = RecipeParser(DecodeArguments).parse(["--config", config, "--prompt", "x"])
     assert arguments.model == parse("1x80gb")[4].output_dir
     assert arguments.num_streams == parse("1x80gb")[0].num_streams
 

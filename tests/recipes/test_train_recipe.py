@@ -1,6 +1,5 @@
 """recipes/train.py on a trunk as large ones come: in bfloat16, quantised, with activation checkpointing."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,20 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from modeling_pdt import PDTAdapterConfig
+from recipes import train
 from tests.tiny_training import make_model, make_trainer, tokenizer, weights
 from trainer_pdt.arguments import ModelArguments
 from trainer_pdt.parser import load_yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-
-
-@pytest.fixture
-def recipe():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("train_recipe", RECIPES / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_mxfp4_trunk(folder: Path) -> None:
@@ -42,10 +33,10 @@ def write_mxfp4_trunk(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_quantised_trunk_is_trained_on_dequantised(recipe, tmp_path, dtype):
+def test_a_quantised_trunk_is_trained_on_dequantised(tmp_path, dtype):
     write_mxfp4_trunk(tmp_path)
     arguments = ModelArguments(trunk=str(tmp_path), trunk_dtype=dtype, experts_implementation="eager")
-    model, _ = recipe.load_model(arguments, PDTAdapterConfig(notes_dim=16))
+    model, _ = train.load_model(arguments, PDTAdapterConfig(notes_dim=16))
     experts = model.stack.base_layer.layers[0].mlp.experts
     for weight in (experts.gate_up_proj, experts.down_proj):
         assert weight.dtype == getattr(torch, dtype)

@@ -1,11 +1,10 @@
 """Measures of decoding runs against hand-computed values, from our manifests and from the original's."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
+from recipes import analyze
 from trainer_pdt.decode_metrics import (
     aggregate,
     compare_texts,
@@ -22,8 +21,6 @@ from trainer_pdt.decode_metrics import (
 )
 from trainer_pdt.decode_report import labels
 from trainer_pdt.decode_runs import DecodeRun, check_comparable, read_run
-
-RECIPE = Path(__file__).parents[2] / "recipes/analyze.py"
 
 
 def make_run(**changes):
@@ -184,14 +181,11 @@ def test_an_original_manifest_is_read(original, tmp_path):
 
 
 def test_the_recipe_writes_a_report(original, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("analyze_recipe", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file in files:
         file.write_text(json.dumps(original))
     words = ["--manifests", *map(str, files), "--baseline", str(files[0]), "--output_folder", str(tmp_path / "report")]
-    report = recipe.main(words)
+    report = analyze.main(words)
     assert report["baseline"]["b.json"]["speedup"] == 1.0 and report["aggregate"]["speed.calls"]["n"] == 2
     page = (tmp_path / "report/analysis.md").read_text()
     assert "| speed.alpha | 0.6 | 0.6 |" in page and "written by the original system" in page
@@ -199,4 +193,4 @@ def test_the_recipe_writes_a_report(original, tmp_path, capsys):
     with pytest.raises(
         ValueError, match=r"partial_band must be in \[0, 0\.10\] with coverage_threshold=0\.9, got 0\.2"
     ):
-        recipe.main([*words, "--coverage_threshold", "0.9"])
+        analyze.main([*words, "--coverage_threshold", "0.9"])
