@@ -1,12 +1,17 @@
 """Environment of every test: no network, one thread, fixed seeds, caches of its own. Set before torch is imported."""
 
 import atexit
+import gc
 import os
 import random
 import shutil
 import tempfile
 
 import pytest
+
+# What is imported lives as long as the process: no collection walks through it, neither now nor in a test, where
+# `Trainer.train` asks for a full one each time.
+gc.disable()
 
 _CACHE = tempfile.mkdtemp(prefix="pdt-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
@@ -25,6 +30,11 @@ import torch  # noqa: E402
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("pdt", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("pdt")
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

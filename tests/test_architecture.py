@@ -6,6 +6,7 @@ Lengths: a file's lines; a function's lines without its docstring, since docstri
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,19 @@ LONG_RECIPES = {"demo.py": 160, "evaluate.py": 160}
 RELATIVE_IMPORT = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.MULTILINE)
 
 
+@cache
+def parse(text):
+    """The tree of a source; several checks read the same files."""
+    return ast.parse(text)
+
+
 def sources(root, package):
     """Map dotted module name -> (path, tree) of the files of `package` that exist."""
     found = {}
     for path in sorted((root / package.replace(".", "/")).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = (path, ast.parse(path.read_text(encoding="utf-8"), str(path)))
+        found[name] = (path, parse(path.read_text(encoding="utf-8")))
     return found
 
 
