@@ -90,9 +90,8 @@ def train_once(folder: str, world: int, rank: int, port: int, touch: int, touche
 def run(folder: Path, world: int = 1, touch: int = 0, seconds: float = 300.0, touches: Path | None = None) -> bool:
     """Runs the processes of a run until they end, one is killed or `seconds` are over; whether all ended well."""
     folder.mkdir(exist_ok=True)
-    # Its processes start with everything imported, and nothing computed.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.tiny_training"])
+    # Its processes start with everything imported.
+    context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
