@@ -140,6 +140,7 @@ def test_only_the_main_process_writes(model, tmp_path):
 # --- round trips ---
 
 
+@pytest.mark.slow
 def test_moved_folders_load_without_the_package(make_model, make_trunk, inputs, tmp_path, randomize):
     whole = make_model("gpt_oss", trained=True, max_retries=3)
     whole.save_pretrained(tmp_path / "before" / "whole", include_trunk=True)
