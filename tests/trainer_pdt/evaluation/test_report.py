@@ -135,8 +135,13 @@ def training():
     }
 
 
-def test_page_is_self_contained_and_complete(tmp_path):
-    page = write_report(full_evaluation(), training(), tmp_path)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page of a full evaluation, in a folder of its own."""
+    return write_report(full_evaluation(), training(), tmp_path_factory.mktemp("report"))
+
+
+def test_page_is_self_contained_and_complete(page):
     text = page.read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text)
     images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", text)
@@ -150,13 +155,12 @@ def test_page_is_self_contained_and_complete(tmp_path):
         assert words in text
     assert 'class="met">met<' in text and 'class="missed">missed<' in text
     assert "<del" in text and " wrong words</del>" in text
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+    assert {path.name for path in page.with_name("plots").iterdir()} == {
         *("recall.png", "agreement.png", "coverage.png", "learning.png", "timeline_2.png"),
     }
 
 
-def test_page_tags_are_balanced(tmp_path):
-    page = write_report(full_evaluation(), training(), tmp_path).read_text(encoding="utf-8")
+def test_page_tags_are_balanced(page):
     stack = []
 
     class Balance(HTMLParser):
@@ -167,7 +171,7 @@ def test_page_tags_are_balanced(tmp_path):
         def handle_endtag(self, tag):
             assert stack.pop() == tag
 
-    Balance().feed(page)
+    Balance().feed(page.read_text(encoding="utf-8"))
     assert not stack
 
 
@@ -314,15 +318,15 @@ def test_readme_without_markers_is_refused(tmp_path, text):
 
 
 def test_command_line(tmp_path):
-    evaluation = write_json(tmp_path / "evaluation.json", full_evaluation())
+    measured = {name: full_evaluation()[name] for name in ("settings", "bars")}
+    evaluation = write_json(tmp_path / "evaluation.json", measured)
     report = training()
     write_json(tmp_path / "stage_history.json", {"stages": report.pop("stages")})
     write_json(tmp_path / "manifest.json", {"seed": 3, "command": "train.py"})
     main([str(evaluation), "--training", str(write_json(tmp_path / "training_report.json", report))])
     facts = read_training(tmp_path / "training_report.json")
-    bare = full_evaluation()
-    del bare["settings"]["training"]
-    assert "one training seed (3)" in write_report(bare, facts, tmp_path / "two").read_text(encoding="utf-8")
+    del measured["settings"]["training"]
+    assert "one training seed (3)" in write_report(measured, facts, tmp_path / "two").read_text(encoding="utf-8")
     assert facts["training"] == {"seed": 3, "steps": 600, "seconds": 431.5, "command": "train.py"}
     assert [stage["name"] for stage in facts["stages"]] == ["notes", "heads"]
     assert (tmp_path / "index.html").exists() and (tmp_path / "plots" / "learning.png").exists()
