@@ -23,6 +23,7 @@ from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.trunk import TrunkArguments, trunk_config
 
 TRUNK = Path(__file__).parents[3] / "recipes/tiny/trunk"
+SECTION_TOKENS = 6
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,12 @@ def model(tokenizer):
 
 @pytest.fixture
 def short(model, monkeypatch):
-    """Sections of at most 12 tokens, whatever is asked for; returns the calls' keyword arguments."""
+    """Sections of `SECTION_TOKENS` at most, whatever is asked for; returns the calls' keyword arguments."""
     calls, generate = [], model.generate
 
     def spy(input_ids, **options):
         calls.append(options)
-        return generate(input_ids, **{**options, "max_new_tokens": min(options["max_new_tokens"], 12)})
+        return generate(input_ids, **{**options, "max_new_tokens": min(options["max_new_tokens"], SECTION_TOKENS)})
 
     monkeypatch.setattr(model, "generate", spy)
     return calls
@@ -88,7 +89,7 @@ def test_parallel_vs_single_compares_the_same_number_of_tokens(model, tokenizer,
     assert [call["num_streams"] for call in single] == [1, 1]
     assert all(call["eos_token_id"] is None and call["agreement_threshold"] is None for call in single)
     assert "agreement_threshold" not in parallel[0]
-    assert all(0 < call["max_new_tokens"] <= 3 * 12 for call in single)
+    assert all(0 < call["max_new_tokens"] <= 3 * SECTION_TOKENS for call in single)
     # Retries aside, a call consumes one token of every stream.
     assert 1 / 3 <= result["critical_path_tokens"] <= 1
 
@@ -182,6 +183,7 @@ def test_controls_with_a_bar_on_an_intervals_end_get_more_documents(evaluation, 
 def test_every_section_of_an_untrained_model_is_plain_json(evaluation, short):
     """Recall is left without a number where nothing was repeated; bars are checked on what there is."""
     evaluation.documents = [d for d in evaluation.documents if d.domain == evaluation.documents[-1].domain][-3:]
+    evaluation.control_documents = evaluation.documents
     evaluation.arguments.core_documents, evaluation.arguments.hard_documents = 2, 1
     report = evaluation.recall()
     recall = report["sibling_fact_recall"]
