@@ -84,8 +84,10 @@ def sort_rows(notes):
     return notes[notes[:, 0].argsort()]
 
 
-@pytest.mark.parametrize("policy", ["refresh", "stale"])
-@pytest.mark.parametrize(("lag", "capacity"), [(1, 16), (1, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("policy", "lag", "capacity"),
+    [("refresh", 1, 16), ("refresh", 1, 2), ("refresh", 2, 3), ("refresh", 3, 1), ("stale", 1, 2), ("stale", 2, 3)],
+)
 def test_streams_read_what_the_lag_allows_and_nothing_else(judged, policy, lag, capacity):
     decoder = decoder_for(
         judged,
