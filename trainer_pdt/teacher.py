@@ -22,7 +22,7 @@ EMA_FILE = "ema.safetensors"
 LOGIT_ROWS = 128
 """Positions whose logits exist at the same time where only their best tokens are kept."""
 
-LOGIT_PARTS, LEAST_ROWS = 8, 32
+LOGIT_PARTS, LEAST_ROWS = 4, 32
 """Parts, and their fewest positions, of logits that learn: the gradients of one part exist at the same time."""
 
 
