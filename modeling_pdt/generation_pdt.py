@@ -139,7 +139,8 @@ class ParallelDecoder:
         streams, settings = self.streams, self.settings
         lengths = [len(section.header) for section in streams.sections]
         raggedness = max(lengths) - min(lengths)
-        margin = max(settings.commit_horizon + 1, raggedness)
+        # What is withdrawn first may be withdrawn right after the alignment of headers, before any other token.
+        margin = max(settings.commit_horizon, raggedness) + 1
         kind = TwinCache if 0 < settings.logit_blend < 1 else RollbackCache
         streams.cache = kind(self.model.trunk.config, margin)
         prefill_prompts(self.stack, streams, settings.pad_id)

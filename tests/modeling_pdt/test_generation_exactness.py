@@ -205,6 +205,15 @@ def test_unread_prompt_token_stays_unread_when_the_first_block_is_rewritten(make
         assert torch.allclose(before, after, atol=TOLERANCE)
 
 
+def test_headers_more_unequal_than_a_block_is_long_leave_room_for_a_rollback(make_model):
+    model, headers = trained(make_model), [[], [14], [15, 16, 17, 18, 19, 20]]
+    choices = {"block_size": 2, "commit_horizon": 2, "max_new_tokens": 4, "agreement_threshold": 1.0}
+    shadow = Shadow(decoder_for(model, [list(range(2, 16))], headers, **choices))
+    with torch.no_grad():
+        assert shadow.run().trace.of_kind("rollback")
+        assert max(shadow.largest_difference(row) for row in range(3)) < TOLERANCE
+
+
 def test_too_small_a_margin_is_an_error(make_model):
     model = make_model()
     cache = RollbackCache(model.trunk.config, margin=2)
