@@ -105,16 +105,36 @@ def test_the_trace_names_the_layers_that_the_trunk_runs(model):
     assert described["instrumented_layers"] == [] and described["adapter"] is None
 
 
-def test_an_interrupted_call_leaves_the_model_usable(model):
-    class Interrupt(ParallelStreamer):
-        def put(self, prompt, stream, token_ids):
+class Interrupt(ParallelDecodingCallback, ParallelStreamer):
+    """Interrupts a call when the method of this name is called for the second time; a streamer too."""
+
+    wants_drafts = True
+
+    def __init__(self, name):
+        self.calls = 0
+        setattr(self, name, self.interrupt)
+
+    def interrupt(self, *values):
+        self.calls += 1
+        if self.calls == 2:
             raise KeyboardInterrupt
 
-    expected = decode(model).sequences
-    with pytest.raises(KeyboardInterrupt):
-        decode(model, streamer=Interrupt())
-    assert torch.equal(decode(model).sequences, expected)
-    assert not torch.equal(decode(model, interventions=[Ablate()]).sequences, expected)
+
+def decisions(output):
+    return [{**event, "time_s": 0} for event in output.trace.events]
+
+
+def test_an_interrupted_call_leaves_the_model_usable(model):
+    expected, state = decode(model), torch.get_rng_state()
+    inside = ("on_round_begin", "on_token", "on_note", "on_commit", "on_rollback")
+    interrupted = [{"callbacks": [Interrupt(name)]} for name in inside]
+    for choices in (*interrupted, *({"streamer": Interrupt(name)} for name in ("draft", "put", "rollback"))):
+        with pytest.raises(KeyboardInterrupt):
+            decode(model, **choices)
+        assert torch.equal(torch.get_rng_state(), state)
+    again = decode(model)
+    assert torch.equal(again.sequences, expected.sequences) and decisions(again) == decisions(expected)
+    assert not torch.equal(decode(model, interventions=[Ablate()]).sequences, expected.sequences)
 
 
 @pytest.mark.parametrize("wrong", [object(), TokenRecorder, "recorder"])
