@@ -28,7 +28,8 @@ def visible_notes(
     Args:
         reader_stream (`torch.Tensor` of shape `[...]`): Stream of the reader.
         read_round (`torch.Tensor` of shape `[...]`): Round that the reader writes.
-        lag (`torch.Tensor` of shape `[...]`): 1 or more for a first writing; 0 when judging or rewriting.
+        lag (`torch.Tensor` of shape `[...]`): 1 or more for a first writing; 0 when judging or rewriting; below 0 when
+            judging a block that has waited.
         producer, version (`torch.Tensor` of shape `[..., W]`): Stream and round of each note; a version below 0 marks
             an empty place.
         capacity (`int`): Rounds kept readable.

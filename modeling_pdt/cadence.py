@@ -62,13 +62,20 @@ class Cadence:
         self.agreement_R = torch.ones(stream_R.shape, device=stream_R.device)
         self.probability_R = self.uniform_R = None
 
-    def complete(self, written_R: torch.Tensor, fed_R: torch.Tensor, attempt_R: torch.Tensor) -> torch.Tensor:
+    def complete(
+        self,
+        written_R: torch.Tensor,
+        fed_R: torch.Tensor,
+        attempt_R: torch.Tensor,
+        waiting_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Rows `[R]` whose block ends.
 
         Args:
             written_R, fed_R, attempt_R (`torch.LongTensor` of shape `[R]`): Tokens of the block, tokens of the
                 section, and withdrawals of the block so far.
+            waiting_R (`torch.BoolTensor` of shape `[R]`, *optional*): Rows whose block has ended already.
         """
         policy, forced = self.policy, written_R >= self.longest
         if policy.mode == "deterministic":
@@ -76,9 +83,12 @@ class Cadence:
         probability = (1 / self.interval_R).clamp(policy.min_probability, 1)
         if policy.mode == "adaptive":
             probability = (probability * self._multiplier(written_R)).clamp(policy.min_probability, 1)
-        self.probability_R = probability
-        self.uniform_R = keyed_uniform(fed_R, attempt_R, state=self.key_R)
-        return forced | (self.uniform_R < probability)
+        uniform = keyed_uniform(fed_R, attempt_R, state=self.key_R)
+        if waiting_R is not None and self.probability_R is not None:
+            probability = torch.where(waiting_R, self.probability_R, probability)
+            uniform = torch.where(waiting_R, self.uniform_R, uniform)
+        self.probability_R, self.uniform_R = probability, uniform
+        return forced | (uniform < probability)
 
     def _multiplier(self, written_R: torch.Tensor) -> torch.Tensor:
         policy = self.policy

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-EVENTS = ("on_plan", "on_round_begin", "on_token", "on_note", "on_commit", "on_rollback", "on_end")
+EVENTS = ("on_plan", "on_round_begin", "on_token", "on_note", "on_commit", "on_rollback", "on_stall", "on_end")
 
 
 class ParallelDecodingCallback:
@@ -38,6 +38,9 @@ class ParallelDecodingCallback:
 
     def on_rollback(self, decoder: Any, event: dict[str, Any]) -> None:
         """Called when a block is withdrawn; `event` is what the trace holds about it."""
+
+    def on_stall(self, decoder: Any, event: dict[str, Any]) -> None:
+        """Called when a block begins to wait, or goes on waiting; `event` is what the trace holds about it."""
 
     def on_end(self, decoder: Any) -> None:
         """Called once, after the last commit; not when the call is interrupted."""
@@ -151,6 +154,10 @@ class JsonLinesWriter(TokenRecorder):
     def on_rollback(self, decoder: Any, event: dict[str, Any]) -> None:
         """Writes a rollback."""
         self.write("rollback", _without_kind(event))
+
+    def on_stall(self, decoder: Any, event: dict[str, Any]) -> None:
+        """Writes that a block waits."""
+        self.write("stall", _without_kind(event))
 
     def on_end(self, decoder: Any) -> None:
         """Writes the totals."""

@@ -10,7 +10,7 @@ from .retention import RETENTION_MODES
 
 PLAN_SOURCES = ("trunk", "planner", None)
 RETRY_POLICIES = ("refresh", "stale")
-COMMIT_POLICIES = ("stream", "round")
+COMMIT_POLICIES = ("stream", "round", "stall")
 BUS_DTYPES = ("float32", "bfloat16", "float16")
 # Fields that are groups of options.
 POLICIES = {
@@ -43,13 +43,15 @@ class PDTGenerationConfig(GenerationConfig):
             reads every sibling.
         self_notes (`bool`, *optional*, defaults to `False`): A stream reads its own notes of earlier rounds too.
         self_only_rounds (`int`, *optional*, defaults to 0): First rounds in which a stream reads its own notes only.
-        max_retries (`int`, *optional*, defaults to 1): Times a block may be withdrawn and written again.
+        max_retries (`int`, *optional*, defaults to 1): Times a block may be withdrawn and written again, or may wait.
         retry_policy (`str`, *optional*, defaults to `"refresh"`): `"refresh"`: a rewriting reads the siblings' newest
             notes, of its own round too; `"stale"`: it reads what the first writing read (a control).
         retry_temperature (`float`, *optional*, defaults to 0.5): Factor of the sampling temperature at every attempt,
             from the second retry of a block on.
         commit_policy (`str`, *optional*, defaults to `"stream"`): `"stream"`: every block is judged for itself.
             `"round"`: blocks of one prompt that end together stand or fall together, by the lowest agreement.
+            `"stall"`: a block that disagrees is not withdrawn; its stream waits for notes that the streams it reads
+            write next and is judged again by them, up to `max_retries` times.
         agreement_threshold (`float`, *optional*): A block whose agreement is below is withdrawn. `None`: gate off.
         gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate; 0 silences it.
         gate_annealing (`dict`, *optional*): Fields of [`GateAnnealing`]. `None`: the gate scale stays.

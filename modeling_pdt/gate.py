@@ -81,6 +81,7 @@ def judge(
     threshold: float,
     score: Callable[[], torch.Tensor],
     commit_policy: str = "stream",
+    may_wait: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Withdraws, one per prompt and pass, the notes of blocks that disagree; the others are judged again without them.
@@ -92,7 +93,8 @@ def judge(
         may_retry_M (`torch.BoolTensor` of shape `[M]`): Rows with a retry left.
         threshold (`float`): Least agreement that stands.
         score (`callable`): `score() -> agreement [M]` against the bus as it is.
-        commit_policy (`str`, *optional*, defaults to `"stream"`): `"stream"` or `"round"`.
+        commit_policy (`str`, *optional*, defaults to `"stream"`): `"stream"`, `"round"` or `"stall"`.
+        may_wait (`callable`, *optional*): `may_wait(withdrawn [M]) -> [M]`: who of the others may still be withdrawn.
 
     Returns:
         `(agreement, withdrawn)` of shape `[M]`: the agreement that decided about each row, and who was withdrawn.
@@ -108,6 +110,8 @@ def judge(
         return agreement, withdrawn
     while True:
         failing = (agreement < threshold) & may_retry_M & ~withdrawn
+        if may_wait is not None:
+            failing &= may_wait(withdrawn)
         chosen = lowest_failing(agreement, failing, prompt_M)
         if chosen.numel() == 0:
             return agreement, withdrawn

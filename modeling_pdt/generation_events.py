@@ -82,7 +82,8 @@ class DecodingEvents:
                 **more,
             }
             if withdrawn:
-                self.tell("on_rollback", self.trace.add("rollback", **event))
+                kind = "stall" if self.decoder.settings.commit_policy == "stall" else "rollback"
+                self.tell(f"on_{kind}", self.trace.add(kind, **event))
             else:
                 event["forced"] = threshold is not None and score < threshold
                 self.standing.append(self.trace.add("commit", **event))

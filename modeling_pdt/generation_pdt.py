@@ -5,6 +5,7 @@ Letters: B prompts, S streams, R = B * S rows, M rows at a boundary, W notes of 
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .outputs import ParallelGenerateOutput, collect_output
 from .prefill import header_batch, prefill_prompts
 from .safeguards import SensitivityMeter
 from .sampling import choose_tokens, fold_keys, history_free, keyed_uniform, process_logits, prompt_keys
+from .stalling import Stalling
 from .streaming import StreamerCallback, parallel_streamer
 from .streams import StreamBatch
 from .trace import DecodingTrace, describe_model
@@ -82,6 +84,7 @@ class ParallelDecoder:
             topology_matrix(settings.topology, settings.num_streams, settings.self_notes),
             settings.retention,
         )
+        self.stalling = Stalling(self.streams, self.bus) if settings.commit_policy == "stall" else None
         self.head = model.get_output_embeddings()
         self.retries = RetryPolicy(settings.max_retries, settings.retry_policy, settings.retry_temperature)
         self.gate_scale = GateScale(
@@ -173,7 +176,8 @@ class ParallelDecoder:
         self.trace.calls += 1
         self.restarting = False
         # The one transfer per token: which rows stand at a boundary.
-        complete_R = self.cadence.complete(streams.written_R, streams.fed_R, streams.attempt_R)
+        waiting_R = streams.waiting_R if streams.any_waiting else None
+        complete_R = self.cadence.complete(streams.written_R, streams.fed_R, streams.attempt_R, waiting_R)
         at_boundary = streams.at_boundary(self.eos_ids, complete_R).tolist()
         if any(at_boundary):
             tap = self._exchange(tap, streams.rows_R[[row for row, flag in enumerate(at_boundary) if flag]])
@@ -188,17 +192,28 @@ class ParallelDecoder:
         kept_A = streams.drop_finished()
         if kept_A is not None:
             self.note_states, hidden = self.note_states.select_rows(kept_A), hidden[kept_A]
-        self._choose(streams.batch_A, self.head(hidden))
+        if not streams.any_waiting:
+            self._choose(streams.batch_A, self.head(hidden))
+            return
+        writing_A = ~streams.waiting_R[streams.batch_A]
+        self._choose(streams.batch_A[writing_A], self.head(hidden[writing_A]))
+        streams.repeat_waiting()
 
     def _exchange(self, tap: TapState, rows_M: torch.Tensor) -> TapState:
         """What happens between the halves of a call in which rows complete a block; the tap where all rows stand."""
-        started = time.perf_counter()
+        started, streams = time.perf_counter(), self.streams
+        if streams.any_waiting:
+            rows_M = self.stalling.ready(rows_M)
+            if rows_M.numel() == 0:
+                return tap
         withdrawn_M = self._close_blocks(rows_M)
-        if withdrawn_M.numel():
+        if withdrawn_M.numel() and self.stalling is not None:
+            self.stalling.hold(withdrawn_M)
+        elif withdrawn_M.numel():
             tap = self._go_back(tap, withdrawn_M)
-        if self.streams.live_rows:
+        if streams.live_rows:
             self._refresh_window()
-            self.events.tell("on_round_begin", rows_M[self.streams.live_R[rows_M]])
+            self.events.tell("on_round_begin", rows_M[streams.live_R[rows_M] & ~streams.waiting_R[rows_M]])
         self.trace.timings["exchange_s"] += time.perf_counter() - started
         return tap
 
@@ -289,7 +304,8 @@ class ParallelDecoder:
         if "agreement" in self.model.config.trained_parts:
 
             def score() -> torch.Tensor:
-                window, window_mask = self._request(rows_M, round_M, torch.zeros_like(round_M))
+                lag = torch.zeros_like(round_M) if self.stalling is None else self.stalling.lag(rows_M)
+                window, window_mask = self._request(rows_M, round_M, lag)
                 items_mask = None if coverage_MP is None else self.bus.plan_mask_BP[streams.prompt_R[rows_M]]
                 items_mask = None if items_mask is None else items_mask[:, : self.inputs.num_items]
                 agreement = agreement_of(
@@ -302,8 +318,11 @@ class ParallelDecoder:
             if threshold is None:
                 agreement_M = score()
             else:
+                may_wait = None
+                if self.stalling is not None:
+                    may_wait = partial(self.stalling.may_wait, rows_M, streams.ending(self.eos_ids)[rows_M])
                 agreement_M, withdrawn_M = judge(
-                    self.bus, rows_M, round_M, may_retry, threshold, score, self.settings.commit_policy
+                    self.bus, rows_M, round_M, may_retry, threshold, score, self.settings.commit_policy, may_wait
                 )
         coverage = own_coverage(rows_M, coverage_MP, self.inputs.entries, self.settings.num_streams)
         self.cadence.judged(rows_M, agreement_M)
@@ -328,10 +347,7 @@ class ParallelDecoder:
         if rows_M.numel() == 0:
             return
         streams.commit(rows_M)
-        ended = torch.isin(streams.tokens_RL[rows_M, streams.fed_R[rows_M] - 1], self.eos_ids) | (
-            streams.fed_R[rows_M] >= self.settings.max_new_tokens
-        )
-        streams.finish(rows_M[ended | streams.stop_R[rows_M]], self.eos_ids)
+        streams.finish(rows_M[streams.ending(self.eos_ids)[rows_M]], self.eos_ids)
         for row, covered in zip(rows_M.tolist(), coverage, strict=True):
             streams.sections[row].coverage = covered
         self.events.committed()

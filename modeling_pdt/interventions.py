@@ -199,8 +199,9 @@ class Freeze(Intervention):
         self.round = round
 
     def request(self, request: WindowRequest, num_streams: int, num_prompts: int) -> WindowRequest:
-        """Reads as in the round where it froze."""
-        return replace(request, read_round=request.read_round.clamp(max=self.round))
+        """Reads as in the round where it froze; a block that waits learns nothing new."""
+        lag = torch.where(request.read_round < self.round, request.lag, request.lag.clamp(min=0))
+        return replace(request, read_round=request.read_round.clamp(max=self.round), lag=lag)
 
 
 class Shuffle(Intervention):

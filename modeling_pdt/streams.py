@@ -40,7 +40,8 @@ class StreamBatch:
     in that order; a row that has ended leaves them.
 
     `fed_R` counts the section tokens that the trunk has consumed; right after the header it is 0. The block of row r
-    that is being written starts at section token `block_start_R[r]`.
+    that is being written starts at section token `block_start_R[r]`. Rows of `waiting_R` stand still: they consume the
+    last token of their block again in every call.
 
     Args:
         prompts (`list[list[int]]`): Tokens of every prompt.
@@ -72,6 +73,8 @@ class StreamBatch:
         self.next_R = zeros.clone()
         self.stop_R = torch.zeros(rows, dtype=torch.bool, device=device)
         self.live_R = torch.ones(rows, dtype=torch.bool, device=device)
+        self.waiting_R = torch.zeros_like(self.stop_R)
+        self.any_waiting = False
         self.live_rows = list(range(rows))
         self.batch_rows, self.batch_A = list(range(rows)), self.rows_R
         self.tokens_RL = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
@@ -111,11 +114,11 @@ class StreamBatch:
 
     def at_boundary(self, eos_ids: torch.Tensor, complete_R: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Rows `[R]` whose block is complete with the token just consumed: full, ended by EOS, out of budget, or
-        `complete_R`.
+        Rows `[R]` whose block is complete with the token just consumed: full, ended by EOS, out of budget, waiting,
+        or `complete_R`.
         """
         written = self.written_R
-        ended = torch.isin(self.next_R, eos_ids) | (self.fed_R >= self.max_new_tokens) | self.stop_R
+        ended = self.ending(eos_ids) | self.waiting_R
         full = written >= self.block_size if complete_R is None else complete_R
         return self.live_R & (full | (ended & (written > 0)))
 
@@ -176,6 +179,8 @@ class StreamBatch:
         self.block_start_R[rows_M] = self.fed_R[rows_M]
         self.round_R[rows_M] += 1
         self.attempt_R[rows_M] = 0
+        self.waiting_R[rows_M] = False
+        self.any_waiting = self.any_waiting and bool(self.waiting_R.any())
 
     def withdraw(self, rows_M: torch.Tensor) -> None:
         """Takes the rows back to the token before their block: tokens, cache, mask and positions in one event."""
@@ -187,6 +192,21 @@ class StreamBatch:
         self.stop_R[rows_M] = False
         for row in rows_M.tolist():
             self.sections[row].retries += 1
+
+    def wait(self, rows_M: torch.Tensor) -> None:
+        """Lets rows stand still with the block just completed."""
+        self.attempt_R[rows_M] += 1
+        self.waiting_R[rows_M] = self.any_waiting = True
+
+    def repeat_waiting(self) -> None:
+        """Takes the token just consumed back from the rows that wait: they consume it again in the next call."""
+        counts_R = self.waiting_R.long()
+        self.rollback(counts_R)
+        self.fed_R = self.fed_R - counts_R
+
+    def ending(self, eos_ids: torch.Tensor) -> torch.Tensor:
+        """Rows `[R]` whose section ends with the token just consumed."""
+        return torch.isin(self.next_R, eos_ids) | (self.fed_R >= self.max_new_tokens) | self.stop_R
 
     def finish(self, rows_M: torch.Tensor, eos_ids: torch.Tensor) -> None:
         """Ends rows; one whose last token is EOS is finished."""

@@ -19,9 +19,9 @@ class DecodingTrace:
         settings (`dict`): Choices of the call, after defaults.
         model (`dict`): What decoded, see [`describe_model`].
         events (`list[dict]`): One dictionary per event. `kind` is `"plan"` (per prompt: items, tokens of the headers),
-            `"commit"` (a block stands and its note is published) or `"rollback"` (a block and its note are withdrawn);
-            the last two say prompt, stream, round, attempt, token range, tokens, agreement, coverage, trunk call and
-            seconds since the start.
+            `"commit"` (a block stands and its note is published), `"rollback"` (a block and its note are withdrawn)
+            or `"stall"` (a block waits, its note is withdrawn); the last three say prompt, stream, round, attempt,
+            token range, tokens, agreement, coverage, trunk call and seconds since the start.
         streams (`list[list[dict]]`): Per prompt and stream the fields of [`StreamResult`].
         timings (`dict[str, float]`): Seconds by part of the call.
         memory (`dict[str, int | None]`): Most bytes held at once, where [`MemoryRecorder`] was among the callbacks.

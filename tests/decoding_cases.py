@@ -142,7 +142,7 @@ def cadences(draw, streams, horizon):
     interval = st.one_of(st.integers(1, horizon), st.sampled_from([0.0, 0.4, 1.0]))
     mode = draw(st.sampled_from(["deterministic", "stochastic", "adaptive"]))
     values = {"mode": mode, "interval": draw(st.lists(interval, min_size=streams, max_size=streams))}
-    values |= {"interval_min": 2, "interval_max": horizon, "max_interval": draw(st.integers(1, horizon))}
+    values |= {"interval_min": min(2, horizon), "interval_max": horizon, "max_interval": draw(st.integers(1, horizon))}
     if mode == "adaptive":
         values |= {"age_boost": draw(st.sampled_from([0.0, 0.5])), "multiplier_max": draw(st.sampled_from([2.0, 4.0]))}
     return values
@@ -156,7 +156,7 @@ def gates(draw):
         "agreement_threshold": threshold,
         "max_retries": draw(st.integers(0, 3)),
         "retry_policy": draw(st.sampled_from(["refresh", "refresh", "stale"])),
-        "commit_policy": draw(st.sampled_from(["stream", "stream", "round"])),
+        "commit_policy": draw(st.sampled_from(["stream", "stream", "round", "stall"])),
         "gate_scale": draw(st.sampled_from([1.0, 1.0, 2.0, 0.0])),
         "logit_blend": draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0])),
     }

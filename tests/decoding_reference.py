@@ -48,7 +48,7 @@ class Choices:
     seed: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A stream of a prompt: what it has written, what it reads now, and what each token after the prompt has read."""
 
@@ -67,6 +67,8 @@ class Row:
     attempt: int = 0
     retries: int = 0
     live: bool = True
+    waiting: bool = False
+    heard: int = 0
     last_agreement: float = 1.0
     cooldown: int = 0
     scales: list[float] = field(default_factory=list)
@@ -101,8 +103,7 @@ class ReferenceDecoder:
         self.longest = self._longest_block()
         streams, self.calls, self.closest = choices.num_streams, 0, math.inf
         places = [divmod(number, streams) for number in range(len(headers))]
-        scale = float(choices.gate_scale)
-        self.rows = [Row(i, p, s, prompts[p], headers[i], scale) for i, (p, s) in enumerate(places)]
+        self.rows = [Row(i, p, s, prompts[p], headers[i], choices.gate_scale) for i, (p, s) in enumerate(places)]
         keys = prompt_keys(prompts)
         self.keys = [self._key(keys[row.prompt], row.stream) for row in self.rows]
         self.plans = [self._plan(prompt, index) for index, prompt in enumerate(prompts)]
@@ -119,8 +120,9 @@ class ReferenceDecoder:
             self.calls += 1
             live = [row for row in self.rows if row.live]
             for row in live:
-                row.tokens.append(row.next_token)
-            boundary = [row for row in live if self._ends_block(row)]
+                row.tokens += [] if row.waiting else [row.next_token]
+            boundary = [row for row in live if not row.waiting and self._ends_block(row)]
+            boundary += [row for row in live if row.waiting and self._knows_more(row, boundary)]
             if boundary:
                 self._exchange(boundary)
                 for row in live:
@@ -129,7 +131,7 @@ class ReferenceDecoder:
                 # A withdrawn row stands at the token before its block again, which now reads anew.
                 length = len(row.header) + len(row.tokens)
                 row.readings = [*row.readings[: max(0, length - 1)], row.reading][:length]
-                if row.live:
+                if row.live and not row.waiting:
                     row.next_token = self._choose(row)
         return self.rows
 
@@ -197,8 +199,7 @@ class ReferenceDecoder:
             seen = torch.tensor(sorted(set(row.text)))
             kept, penalty = scores[seen], self.choices.repetition_penalty
             scores[seen] = torch.where(kept < 0, kept * penalty, kept / penalty)
-        first, second = scores.topk(2).values.tolist()
-        self._close(first - second)
+        self._close(scores.topk(2).values.diff().abs())
         return int(scores.argmax())
 
     def _block_states(self, row):
@@ -225,7 +226,8 @@ class ReferenceDecoder:
     def _score(self, row, coverage):
         """Agreement of the row's block with what is on the bus."""
         states, previous, _ = self._block_states(row)
-        tokens, window = states.shape[1], self.windows.read(row, lag=0)
+        ahead = max([row.round, *self.windows.from_sources(row)]) - row.round if row.waiting else 0
+        tokens, window = states.shape[1], self.windows.read(row, lag=-ahead)
         mean = sum(coverage) / len(coverage) if coverage else 0.0
         logits = self.stack.heads.agreement.token_logits(
             states,
@@ -280,10 +282,11 @@ class ReferenceDecoder:
         place = torch.tensor([len(row.tokens)]), torch.tensor([row.attempt])
         draw = float(keyed_uniform(*place, state=self.keys[row.number]))
         self._close(abs(draw - probability))
-        return draw < min(1, probability)
+        return draw < probability
 
     def _exchange(self, rows):
         """Notes of all rows that end a block, then the judgement, then commits and withdrawals."""
+        rows, stalls = sorted(rows, key=lambda row: row.number), self.choices.commit_policy == "stall"
         for row in rows:
             self.windows.publish(row, self._note(row))
         coverage = {row.number: self._coverage(row) for row in rows}
@@ -292,11 +295,14 @@ class ReferenceDecoder:
             gone, score = row.number in withdrawn, scores.get(row.number)
             row.last_agreement = row.last_agreement if score is None else score
             self._anneal(row, score, gone)
-            kind = "rollback" if gone else "commit"
-            start, end, tokens = row.block_start, len(row.tokens), row.tokens[row.block_start :]
+            kind = ("stall" if stalls else "rollback") if gone else "commit"
+            start, end = row.block_start, len(row.tokens)
             event = {"kind": kind, "round": row.round, "attempt": row.attempt, "start": start, "end": end}
-            row.events.append({**event, "tokens": tokens, "call": self.calls, "agreement": score})
-            if gone:
+            row.events.append({**event, "tokens": row.tokens[start:], "call": self.calls, "agreement": score})
+            row.waiting = gone and stalls
+            if row.waiting:
+                row.attempt, row.heard = row.attempt + 1, len(self.windows.from_sources(row))
+            elif gone:
                 row.tokens = row.tokens[: row.block_start]
                 row.attempt, row.retries = row.attempt + 1, row.retries + 1
             else:
@@ -318,9 +324,10 @@ class ReferenceDecoder:
             if threshold is None:
                 return scores, withdrawn
             retrying = [row for row in judged if row.attempt < self.choices.max_retries]
-            for row in retrying:
-                self._close(abs(scores[row.number] - threshold))
+            self._close(min([abs(scores[row.number] - threshold) for row in retrying], default=math.inf))
             failing = [row for row in retrying if scores[row.number] < threshold]
+            if self.choices.commit_policy == "stall":
+                failing = [row for row in failing if self._may_wait(row, rows, withdrawn)]
             if self.choices.commit_policy == "round":
                 prompts = {row.prompt for row in failing}
                 going = [row for row in retrying if row.prompt in prompts]
@@ -331,6 +338,22 @@ class ReferenceDecoder:
                 self.windows.withdraw(row)
             if not going or self.choices.commit_policy == "round":
                 return scores, withdrawn
+
+    def _may_wait(self, row, judged, withdrawn):
+        """Whether a stream that the row reads goes on writing."""
+        stopped = {other.number for other in judged if self._ended(other)} | withdrawn
+        stopped |= {other.number for other in self.rows if other.waiting and other not in judged}
+        return any(other.number not in stopped for other in self._live_sources(row))
+
+    def _live_sources(self, row):
+        first = row.number - row.stream
+        return [self.rows[first + s] for s in self.windows.sources(row) if self.rows[first + s].live]
+
+    def _knows_more(self, row, completing):
+        """Whether a row that waits is judged again: by new notes, or since nobody that it reads is writing."""
+        sources = self._live_sources(row)
+        news = len(self.windows.from_sources(row)) > row.heard or any(other in completing for other in sources)
+        return news or all(other.waiting for other in sources)
 
     def _lowest(self, failing, scores):
         """The failing row with the lowest score of every prompt; the first of equals."""

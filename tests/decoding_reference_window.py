@@ -66,6 +66,15 @@ class Windows:
             plan, notes = self._edit_window(one, plan, notes)
         return torch.cat([plan, notes])
 
+    def sources(self, row):
+        """The siblings that the row reads."""
+        streams, topology = range(self.choices.num_streams), self.choices.topology
+        return [s for s in streams if s != row.stream and (topology is None or (s, row.stream) in topology)]
+
+    def from_sources(self, row):
+        """Rounds that the row's sources have published."""
+        return [v for p, s, v in self.notes if p == row.prompt and s in self.sources(row)]
+
     def gate_scale(self, row, scale):
         return 0.0 if any(one.name == "gate_zero" for one in self._concerning(row)) else scale
 
@@ -88,6 +97,7 @@ class Windows:
         elif one.name == "stale":
             request.lag += one.rounds
         elif one.name == "freeze":
+            request.lag = request.lag if request.round < one.round else max(0, request.lag)
             request.round = min(request.round, one.round)
         elif one.name == "self_only":
             request.own = True

@@ -15,7 +15,7 @@ def told(output):
     """What the trace says of every row's blocks, and the agreement of each."""
     blocks, scores = ([[] for rows in output.streams for _ in rows] for _ in range(2))
     for event in output.trace.events:
-        if event["kind"] in ("commit", "rollback"):
+        if event["kind"] in ("commit", "rollback", "stall"):
             row = event["prompt"] * len(output.streams[0]) + event["stream"]
             blocks[row].append(tuple(event[name] for name in FIELDS))
             scores[row].append(event["agreement"])

@@ -57,6 +57,7 @@ CALLS = {
         "bus_capacity": 2,
         "topology": [(0, 1), (1, 2)],
     },
+    "stall": {"agreement_threshold": 0.999, "max_retries": 2, "commit_policy": "stall"},
     "probe": {"do_sample": False, "sensitivity_probe": {"every": 1}},
     "two streams": {"num_streams": 2, "block_size": 3, "bus_lag": 2, "gate_scale": 0.0},
 }
@@ -73,6 +74,7 @@ def test_a_replay_makes_the_same_decisions(model, tmp_path, name):
     assert [row.tolist() for row in output.merged] == [row.tolist() for row in again.merged]
     assert (name in ("rollbacks", "interventions", "end")) <= bool(output.trace.of_kind("rollback"))
     assert (name == "probe") == bool(output.trace.of_kind("sensitivity"))
+    assert (name == "stall") == bool(output.trace.of_kind("stall"))
     assert first["timings"] != second["timings"]
 
 

@@ -8,7 +8,7 @@ from trainer_pdt.manifest import SCHEMA_FILE, check_manifest, differences, manif
 from trainer_pdt.schema_check import check_schema
 from trainer_pdt.telemetry import read_json
 
-PARTS = ("trace", "plan", "commit", "rollback", "sensitivity", "stream", "token")
+PARTS = ("trace", "plan", "commit", "rollback", "stall", "sensitivity", "stream", "token")
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def manifest():
             "events": [
                 {"kind": "plan", "prompt": 0, "items": [{"text": "a", "stream": 0, "bucket": 3}], "headers": [[1]]},
                 {"kind": "rollback", **block},
+                {"kind": "stall", **block},
                 {"kind": "commit", **block, "forced": False},
             ],
             "streams": [[{**stream, "retries": 1, "finished": False}]],
@@ -66,8 +67,8 @@ def change(manifest, path, value):
         (["git"], {"sha": 3, "dirty": True}, r"manifest\.git fits none of the 2 forms allowed"),
         (["trace", "calls"], -1, r"manifest\.trace\.calls must be >= 0, got -1"),
         (["trace", "calls"], True, r"manifest\.trace\.calls must be integer, got true"),
-        (["trace", "events", 2, "forced"], None, r"manifest\.trace\.events\[2\] fits none of the 4 forms"),
-        (["trace", "events", 1, "agreement"], 1.5, r"manifest\.trace\.events\[1\] fits none of the 4 forms"),
+        (["trace", "events", 3, "forced"], None, r"manifest\.trace\.events\[3\] fits none of the 5 forms"),
+        (["trace", "events", 1, "agreement"], 1.5, r"manifest\.trace\.events\[1\] fits none of the 5 forms"),
         (["trace", "streams", 0, 0, "covered"], ["a"], r"covered\[0\] must be integer, got \"a\""),
         (["trace", "model", "plan_vocab_size"], 1, r"plan_vocab_size must be >= 2"),
     ],
