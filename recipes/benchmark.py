@@ -1,12 +1,13 @@
-"""Benchmarks on trunks of random weights: `python recipes/benchmark.py step --config recipes/benchmarks/step.yaml`.
+"""Benchmarks: `python recipes/benchmark.py step --config recipes/benchmarks/step.yaml`.
 
-`step`: a training step against plain adapters. `decode`: decoding against the bare trunk.
+`step`: a training step against plain adapters. `decode`: decoding against the bare trunk. `data`: a dataset build.
 Writes a JSON file with the command line, the machine and every ratio, and the same as a Markdown table beside it.
 """
 
 import logging
 import sys
 
+from trainer_pdt.data_benchmark import DataBenchmarkArguments, benchmark_data, data_table
 from trainer_pdt.decoding_benchmark import DecodingBenchmarkArguments, benchmark_decoding, decoding_table
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import write_json
@@ -15,6 +16,7 @@ from trainer_pdt.training_benchmark import StepBenchmarkArguments, benchmark_ste
 KINDS = {
     "step": (StepBenchmarkArguments, benchmark_step, markdown_table),
     "decode": (DecodingBenchmarkArguments, benchmark_decoding, decoding_table),
+    "data": (DataBenchmarkArguments, benchmark_data, data_table),
 }
 
 
