@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import HfApi, save_torch_state_dict
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapter_files import check_inside
 from .configuration_pdt import PDTConfig
@@ -55,6 +56,7 @@ def resolve_trunk_name(config: PDTConfig, folder_or_repo: str) -> str:
         )
     is_folder = os.path.isdir(folder_or_repo)
     if is_folder and (Path(folder_or_repo) / name).is_dir() and not os.path.isabs(name):
+        check_trunk_files(folder_or_repo, name)
         return str(check_inside(folder_or_repo, name))
     if is_folder and os.path.isabs(name):
         return name
@@ -66,6 +68,21 @@ def resolve_trunk_name(config: PDTConfig, folder_or_repo: str) -> str:
             f"{', an absolute path, or a folder inside' if is_folder else ' or ' + repr(TRUNK_SUBFOLDER)}."
         ) from error
     return name
+
+
+def check_trunk_files(folder: str | os.PathLike, name: str) -> None:
+    """
+    Refuses a trunk inside a model's folder whose files are elsewhere, be it by links or by an index of shards.
+
+    Raises:
+        ValueError: Naming what leads out of `folder`.
+    """
+    root = check_inside(folder, name)
+    for path in root.rglob("*"):
+        check_inside(folder, str(path.relative_to(folder)))
+    for index in root.glob("*.index.json"):
+        for shard in set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()):
+            check_inside(folder, os.path.join(name, shard))
 
 
 def portable_trunk_name(name: str | None) -> str | None:
@@ -84,7 +101,17 @@ def save_trunk(trunk: torch.nn.Module, folder: Path) -> None:
     Writes the bare trunk: configuration, generation configuration and safetensors under the trunk's own names.
 
     The state is written by name as it is in memory; `save_pretrained` of a dequantised trunk does not round-trip.
+
+    Raises:
+        ValueError: For a trunk whose weights are quantised: under their names in memory nobody could load them.
     """
+    quantizer = getattr(trunk, "hf_quantizer", None)
+    if quantizer is not None:
+        method = getattr(quantizer.quantization_config.quant_method, "value", "unknown")
+        raise ValueError(
+            f"include_trunk=True, allowed: with a trunk that is not quantised, but its weights are ({method}). Save "
+            "without the trunk, which config.json names, or load it dequantised."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         re.sub(r"(^|\.)base_layer\.", r"\1", name): tensor
@@ -107,6 +134,12 @@ def load_trunk(
 ) -> torch.nn.Module:
     """The trunk that `config.json` names, loaded with the caller's arguments; never with an explicit `None`."""
     name = resolve_trunk_name(config, source)
+    quantization = trunk_kwargs.get("quantization_config", {})
+    if not isinstance(quantization, (dict, QuantizationConfigMixin)):
+        raise ValueError(
+            f"quantization_config={quantization!r}, allowed: a configuration such as transformers.BitsAndBytesConfig, "
+            "or its dict."
+        )
     arguments = {key: value for key, value in hub_kwargs.items() if key != "revision"}
     # What the auto class asks for by itself follows the same choices.
     arguments["adapter_kwargs"] = {k: v for k, v in arguments.items() if k in ("cache_dir", "local_files_only")}

@@ -86,6 +86,11 @@ class PDTTrainer(RecoverableTrainer):
         frozen = [name for name, parameter in model.pdt_parameters().items() if not parameter.requires_grad]
         if frozen:
             raise ValueError(f"{frozen[0]} is frozen, allowed: all PDT parameters trainable (is_trainable=True).")
+        quantizer = getattr(model.trunk, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_trainable:
+            raise ValueError(
+                f"the trunk has no gradient ({type(quantizer).__name__}), allowed: one loaded dequantised."
+            )
         if data_collator is None:
             data_collator = PDTDataCollator.from_config(model.config, kwargs["processing_class"])
         data_collator.with_corrupted |= any(stage.data == "corrupted" for stage in curriculum.stages)

@@ -199,6 +199,21 @@ def test_a_linked_trunk_is_refused(saved, tmp_path):
         PDTForParallelDecoding.from_pretrained(saved)
 
 
+def test_files_of_a_trunk_that_are_elsewhere_are_refused(saved, tmp_path):
+    weights = saved / "trunk" / "model.safetensors"
+    weights.rename(tmp_path / "other.safetensors")
+    weights.symlink_to(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"'trunk/model\.safetensors' leads out of"):
+        PDTForParallelDecoding.from_pretrained(saved)
+    weights.unlink()
+    names = load_file(tmp_path / "other.safetensors")
+    for shard in ("../../other.safetensors", str(tmp_path / "other.safetensors")):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+        (saved / "trunk" / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"other\.safetensors' leads out of"):
+            PDTForParallelDecoding.from_pretrained(saved)
+
+
 def test_pickles_are_not_opened(saved, trunk, tmp_path):
     trace = tmp_path / "unpickled"
     bomb = pickle.dumps({"weight": Bomb(trace)})

@@ -1,13 +1,23 @@
-"""A frozen MXFP4 trunk: what its packed experts decode to, training on top of it, decoding, and saving."""
+"""Quantised trunks: MXFP4 experts decoded while loading, ternary weights that stay packed, and what is refused."""
 
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Mxfp4Config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Mxfp4Config,
+    QuantoConfig,
+)
 
 from modeling_pdt import PDTForParallelDecoding
+from tests.modeling_pdt.conftest import llama_trunk
+from tests.tiny_training import make_trainer
 
 CODES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 """Value of each 4-bit code (OCP Microscaling Formats 1.0, E2M1)."""
@@ -109,3 +119,107 @@ def test_adapters_come_back_on_the_quantised_checkpoint_and_on_a_dequantised_cop
             choices = {} if include else {"quantization_config": Mxfp4Config(dequantize=True)}
             again = PDTForParallelDecoding.from_pretrained(tmp_path / name, dtype=torch.float32, **choices)
             assert torch.equal(again(**inputs).logits, expected), name
+
+
+@pytest.fixture(scope="module")
+def ternary(tmp_path_factory):
+    """A folder with a PDT model on a Llama trunk of packed ternary weights (BitNet), which stay packed on the CPU."""
+    folder = tmp_path_factory.mktemp("ternary")
+    with pytest.MonkeyPatch.context() as patch:
+        # The layers are compiled where they are defined.
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        from transformers.integrations.bitnet import pack_weights
+    torch.manual_seed(0)
+    trunk = llama_trunk()
+    state = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    for name in [name for name in state if name.endswith("_proj.weight")]:
+        state[name] = pack_weights(torch.randint(-1, 2, state[name].shape).float())
+        state[f"{name}_scale"] = torch.full((1,), 8.0)
+    (folder / "trunk").mkdir()
+    save_file(state, folder / "trunk" / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+    values = {**trunk.config.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": settings}
+    (folder / "trunk" / "config.json").write_text(json.dumps(values))
+    trunk = AutoModelForCausalLM.from_pretrained(folder / "trunk", dtype=torch.float32)
+    PDTForParallelDecoding.from_trunk(trunk, **ADAPTER).save_pretrained(folder / "model")
+    return folder
+
+
+def test_packed_weights_stay_packed_and_decode(ternary):
+    model = PDTForParallelDecoding.from_pretrained(ternary / "model", dtype=torch.float32)
+    trunk = AutoModelForCausalLM.from_pretrained(ternary / "trunk", dtype=torch.float32)
+    inputs = notes()
+    with torch.no_grad():
+        assert torch.equal(model(inputs["input_ids"]).logits, trunk(inputs["input_ids"]).logits)
+        assert not torch.equal(model(**inputs).logits, trunk(inputs["input_ids"]).logits)
+    assert model.trunk.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert {parameter.dtype for parameter in model.pdt_parameters().values()} == {torch.float32}
+    assert model.generate(torch.tensor([[5, 6, 7]]), num_streams=2, max_new_tokens=6).shape[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load_model", [AutoModel, PDTForParallelDecoding])
+def test_other_arguments_hold_beside_a_quantised_trunk(ternary, tmp_path, load_model):
+    places = {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk", "lm_head": "cpu"}
+    places |= {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+    remote = {"trust_remote_code": True} if load_model is AutoModel else {}
+    choices = {"dtype": torch.bfloat16, "attn_implementation": "eager", **remote}
+    model = load_model.from_pretrained(
+        ternary / "model", device_map=places, offload_folder=str(tmp_path), offload_buffers=True, **choices
+    )
+    assert model.trunk.config._attn_implementation == "eager" and model.trunk.is_quantized
+    assert model.trunk.model.embed_tokens.weight.dtype == torch.bfloat16
+    weights = [layer.mlp.up_proj.weight for layer in model.trunk.model.layers]
+    assert [weight.device.type for weight in weights] == ["meta", "cpu", "meta"]
+    with torch.no_grad():
+        inputs = notes()
+        expected = PDTForParallelDecoding.from_pretrained(ternary / "model", **{**choices, "trust_remote_code": None})
+        assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
+
+
+@pytest.mark.slow
+def test_a_choice_of_dequantising_reaches_the_trunk(packed, tmp_path):
+    PDTForParallelDecoding.from_trunk(load(packed[0]), **ADAPTER).save_pretrained(tmp_path)
+    choices = {"quantization_config": Mxfp4Config(dequantize=True), "dtype": torch.float32, "device_map": "cpu"}
+    for load_model, extra in ((AutoModel, {"trust_remote_code": True}), (PDTForParallelDecoding, {})):
+        trunk = load_model.from_pretrained(tmp_path, attn_implementation="eager", **choices, **extra).trunk
+        state = {name.replace("base_layer.", ""): tensor for name, tensor in trunk.state_dict().items()}
+        for name, expected in packed[1].items():
+            assert torch.equal(state[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "match"),
+    [
+        (QuantoConfig(weights="int8"), ImportError, "requires optimum-quanto"),
+        ({"quant_method": "quanto", "weights": "int8"}, ImportError, "requires optimum-quanto"),
+        (FineGrainedFP8Config(), RuntimeError, "No GPU or XPU found"),
+        ({"quant_method": "none"}, ValueError, "Unknown quantization type, got none"),
+        ("4bit", ValueError, "quantization_config='4bit', allowed: a configuration such as"),
+    ],
+)
+def test_what_cannot_be_had_here_is_an_error(plain, choice, error, match):
+    with pytest.raises(error, match=match):
+        PDTForParallelDecoding.from_pretrained(plain, quantization_config=choice)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A PDT model with a trunk that is not quantised."""
+    folder = tmp_path_factory.mktemp("plain")
+    PDTForParallelDecoding.from_trunk(llama_trunk(), **ADAPTER).save_pretrained(folder, include_trunk=True)
+    return folder
+
+
+def test_a_given_trunk_is_not_quantised_behind_its_back(plain):
+    with pytest.raises(ValueError, match=r"\['quantization_config'\] are arguments for loading a trunk"):
+        PDTForParallelDecoding.from_pretrained(plain, trunk=llama_trunk(), quantization_config=Mxfp4Config())
+
+
+def test_quantised_weights_are_neither_saved_with_the_model_nor_trained_through(ternary, tmp_path):
+    model = PDTForParallelDecoding.from_pretrained(ternary / "model", is_trainable=True)
+    with pytest.raises(ValueError, match=r"include_trunk=True, allowed: with a trunk that is not quantised.*bitnet"):
+        model.save_pretrained(tmp_path / "saved", include_trunk=True)
+    assert list((tmp_path / "saved").iterdir()) == []
+    with pytest.raises(ValueError, match=r"the trunk has no gradient \(BitNetHfQuantizer\)"):
+        make_trainer(tmp_path / "run", model=model)

@@ -257,7 +257,7 @@ def test_other_files(tmp_path):
 
 def test_a_folder_with_something_else_is_not_written_to(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="allowed: a new folder, or one of a conversion"):
+    with pytest.raises(ValueError, match="allowed: a new or an empty folder"):
         run(write(tmp_path / "adapters.pt", Original().state_dict()), tmp_path)
 
 

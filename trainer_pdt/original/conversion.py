@@ -19,7 +19,7 @@ from .heads import CHOICES_FILE, HEADS_FILE, HeadChoices
 from .names import CONDITIONING, HEADS, Contents, recognise
 
 REPORT_FILE, TEXT_FILE, SCHEMA_VERSION = "conversion.json", "conversion.md", "1.0"
-_SCHEDULE = "had a gradient in the published schedule whenever it was saved"
+_SCHEDULE = "a checkpoint holds what learns, and its losses give it a gradient"
 _LATER = "only code after the release has it, and no run of that code is published"
 # Whether a part was trained, and how that is known.
 TRAINED = {
@@ -86,8 +86,8 @@ class ConvertArguments:
 
     def __post_init__(self) -> None:
         folder = Path(self.output_folder)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_FILE).is_file()):
-            raise ValueError(f"output_folder={self.output_folder!r}, allowed: a new folder, or one of a conversion.")
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise ValueError(f"output_folder={self.output_folder!r}, allowed: a new or an empty folder.")
         if self.trunk_revision is not None and self.trunk is None:
             raise ValueError(f"trunk_revision={self.trunk_revision!r}, allowed: with trunk alone.")
 
