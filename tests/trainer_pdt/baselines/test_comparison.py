@@ -1,14 +1,13 @@
 """Ways of answering side by side: costs, counted facts, and the recipe that writes both."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from modeling_pdt.outputs import StreamResult
 from modeling_pdt.trace import DecodingTrace
+from recipes import baselines
 from tests.tiny_baselines import make_request, tiny_model, tokenizer, whole_model
 from trainer_pdt.baselines import METHODS, Request, Run
 from trainer_pdt.baselines.arguments import BaselineArguments
@@ -16,8 +15,6 @@ from trainer_pdt.baselines.comparison import comparison_table, count_answers, me
 from trainer_pdt.data.worlds import WorldOptions, generate_document
 from trainer_pdt.decode_runs import read_run
 from trainer_pdt.telemetry import read_json
-
-RECIPE = Path(__file__).parents[3] / "recipes/baselines.py"
 
 
 def make_run(texts, seconds=1.0, block=8, **baseline):
@@ -98,14 +95,6 @@ def test_impossible_arguments_are_refused(changes, message):
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("baselines_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_model().save_pretrained(folder, include_trunk=True)
@@ -113,9 +102,9 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
-def test_the_recipe_writes_table_and_manifests(recipe, folder, tmp_path):
+def test_the_recipe_writes_table_and_manifests(folder, tmp_path):
     words = ["--model", folder, "--documents", "2", "--max_new_tokens", "4", "--temperature", "0"]
-    report = recipe.main([*words, "--methods", "pdt", "sequential", "--output_folder", str(tmp_path)])
+    report = baselines.main([*words, "--methods", "pdt", "sequential", "--output_folder", str(tmp_path)])
     assert read_json(tmp_path / "baselines.json") == report
     assert report["methods"]["sequential"]["speedup"]["mean"] == 1.0
     assert report["methods"]["pdt"]["written"] == report["methods"]["sequential"]["written"] == 2 * 3 * 4
@@ -126,12 +115,12 @@ def test_the_recipe_writes_table_and_manifests(recipe, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_prompt_of_ones_own_gets_the_trunk_s_outline(recipe, tmp_path):
+def test_a_prompt_of_ones_own_gets_the_trunk_s_outline(tmp_path):
     whole_model().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     words = ["--model", str(tmp_path / "model"), "--prompt", "Describe the town of Velmar in three parts."]
     words += ["--max_new_tokens", "2", "--methods", "sequential", "--output_folder", str(tmp_path)]
-    report = recipe.main(words)
+    report = baselines.main(words)
     assert report["settings"]["requests"] == 1
     assert "recall" not in report["methods"]["sequential"]
     prompt = read_json(tmp_path / "manifests/sequential/0000.json")["prompts"][0]
