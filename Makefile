@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DS_STAMP := $(VENV)/.deepspeed
+DOCS_STAMP := $(VENV)/.docs
 # CPU-only machine: make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 CORES := $(shell $(PYTHON) -c "import os; print(max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)))")
@@ -17,7 +18,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # pytest leaves with 5 when a mark selects no test.
 EMPTY_IS_FINE := || test $$? -eq 5
 
-.PHONY: install demo proof proof-next test test-slow test-multi quality style trunk smoke clean
+.PHONY: install demo proof proof-next test test-slow test-multi quality docs style trunk smoke clean
 
 install: $(STAMP)
 
@@ -32,6 +33,11 @@ $(STAMP): setup.py constraints.txt
 $(DS_STAMP): $(STAMP)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt -e ".[deepspeed]"
 	touch $(DS_STAMP)
+
+# The tools of the site, which nothing else needs.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
+	touch $(DOCS_STAMP)
 
 demo: $(STAMP)
 	@echo "demo: trains PDT adapters on the shipped tiny trunk, decodes three prompts, evaluates."
@@ -69,6 +75,10 @@ quality: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(PYTEST) -q tests/test_architecture.py tests/test_recipes.py
+
+# Any page, link or name that is missing is an error.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

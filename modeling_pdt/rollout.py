@@ -117,8 +117,8 @@ def run_lower_half(
     upper: bool,
 ) -> TapState:
     """
-    Rows up to the tap. Of a rollout, the columns that nothing conditions run apart, see [`share_prefix`], unless a
-    cache or ready masks forbid it.
+    Rows up to the tap. Of a rollout, the columns that nothing conditions run apart, see [`~trunk_split.share_prefix`],
+    unless a cache or ready masks forbid it.
 
     Args:
         stack (`PDTStack`), tap (`TapState`): The rows, before any layer or at the tap already.
