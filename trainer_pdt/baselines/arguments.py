@@ -8,11 +8,13 @@ from transformers import AutoModelForCausalLM
 
 from ..arguments import check_whole
 from ..curriculum import check_choice
+from .eagle import EagleHead
 from .lookahead import LookaheadOptions
+from .medusa import MedusaHeads
 from .methods import METHODS, Tools
 from .skeleton import Router
 
-NEED_FILES = {"assistant": "assistant_model"}
+NEED_FILES = {"assistant": "assistant_model", "medusa": "medusa_heads", "eagle": "eagle_head"}
 """Methods that need a model of their own, and the option that names it."""
 
 
@@ -42,6 +44,11 @@ class BaselineArguments:
     lookahead_window: int = field(default=5, metadata={"help": "Columns of lookahead's window."})
     lookahead_ngram: int = field(default=4, metadata={"help": "Tokens of lookahead's n-grams."})
     lookahead_guesses: int = field(default=5, metadata={"help": "N-grams that lookahead drafts at a time."})
+    medusa_heads: str | None = field(
+        default=None, metadata={"help": "Folder of recipes/train_drafts.py that the method medusa needs."}
+    )
+    eagle_head: str | None = field(default=None, metadata={"help": "The same for the method eagle."})
+    eagle_length: int = field(default=4, metadata={"help": "Tokens that eagle drafts one after another."})
     device: str | None = field(default=None, metadata={"help": "Of the model: cuda, cuda:1, mps; default: the CPU."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads."})
 
@@ -55,7 +62,7 @@ class BaselineArguments:
                 raise ValueError(
                     f"{needed}={getattr(self, needed)!r}, allowed: a model with method {name!r}, else none."
                 )
-        for name in ("documents", "prompt_lookup_num_tokens"):
+        for name in ("documents", "prompt_lookup_num_tokens", "eagle_length"):
             check_whole(name, getattr(self, name), 1)
         self.lookahead()
         if self.prompt is not None and self.prompt_file is not None:
@@ -76,7 +83,15 @@ class BaselineArguments:
         assistant = None
         if self.assistant_model is not None:
             assistant = AutoModelForCausalLM.from_pretrained(self.assistant_model, device_map=self.device).eval()
-        return Tools(self.router, self.prompt_lookup_num_tokens, assistant, self.lookahead())
+        return Tools(
+            router=self.router,
+            prompt_lookup_num_tokens=self.prompt_lookup_num_tokens,
+            assistant=assistant,
+            lookahead=self.lookahead(),
+            medusa=self.medusa_heads and MedusaHeads.from_pretrained(self.medusa_heads).eval(),
+            eagle=self.eagle_head and EagleHead.from_pretrained(self.eagle_head).eval(),
+            eagle_length=self.eagle_length,
+        )
 
     def generate_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `generate`."""

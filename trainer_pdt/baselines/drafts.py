@@ -17,6 +17,7 @@ from modeling_pdt.trunk_split import layer_types
 
 from .answer import Answer
 from .plain import until_end
+from .sampler import Sampler
 
 
 @dataclass
@@ -122,14 +123,31 @@ class DraftRow:
 class Drafter(Protocol):
     """What proposes tokens."""
 
-    def start(self, given: Sequence[int], state_TD: torch.Tensor) -> None:
-        """A section begins after the tokens `given`; `state_TD` are the trunk's states of all of them but the last."""
+    def start(self, stream: int, given: Sequence[int], state_TD: torch.Tensor) -> None:
+        """
+        A section begins after the tokens `given`, which follow what stood before; `state_TD` are the trunk's final
+        states of all of them but the last.
+        """
 
     def draft(self, token: int, place: int) -> DraftTree:
         """A tree after `token`, whose next token stands at `place` of the section."""
 
     def learn(self, tree: DraftTree, chosen: Sequence[int], path: Sequence[int], state_TD: torch.Tensor) -> None:
         """The trunk's choice after every node of the tree, the nodes that stand, and all states."""
+
+
+def candidates(sampler: Sampler, logits_TV: torch.Tensor, stream: int, place_T: torch.Tensor) -> list[list[int]]:
+    """
+    Two tokens for every place: the one that the sampler would draw from these scores, and the likeliest other.
+
+    Args:
+        sampler (`Sampler`): Draws with the numbers that it will draw from the trunk's scores with.
+        logits_TV (`torch.Tensor` of shape `[T, V]`): Scores of a drafter.
+        stream (`int`), place_T (`torch.LongTensor` of shape `[T]`): Section, and places in it.
+    """
+    drawn_T = sampler.choose(logits_TV, torch.full_like(place_T, stream), place_T)
+    other_T = logits_TV.scatter(1, drawn_T[:, None], -torch.inf).argmax(dim=1)
+    return torch.stack([drawn_T, other_T], dim=1).tolist()
 
 
 def write_drafted(answer: Answer, drafter: Drafter) -> None:
@@ -149,7 +167,7 @@ def write_drafted(answer: Answer, drafter: Drafter) -> None:
             ahead = range(len(given) - 1)
             state_TD = row.feed(given[:-1], ahead, torch.ones(len(ahead), len(ahead), dtype=torch.bool).tril())
             row.keep(ahead)
-        drafter.start(given, state_TD)
+        drafter.start(stream, given, state_TD)
         tokens = _write_section(answer, drafter, row, stream, given[-1])
         answer.commit(stream, tokens)
         unread = tokens[-1:] + ([] if answer.sections[stream].finished else list(answer.settings.eos_ids[:1]))

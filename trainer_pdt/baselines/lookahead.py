@@ -51,7 +51,7 @@ class Lookahead:
         self.pool: dict[int, dict[tuple[int, ...], None]] = {}
         self.random = random.Random(0)
 
-    def start(self, given: Sequence[int], state_TD: torch.Tensor) -> None:
+    def start(self, stream: int, given: Sequence[int], state_TD: torch.Tensor) -> None:
         """A new window of tokens that were given; n-grams of earlier sections stay."""
         self.given = list(given)
         self.levels = [self.random.choices(self.given, k=self.window) for _ in range(self.rows)]

@@ -14,7 +14,9 @@ from modeling_pdt.interventions import SelfOnly
 
 from .answer import Answer, Call, Request
 from .drafts import write_drafted
+from .eagle import Eagle, EagleHead
 from .lookahead import Lookahead, LookaheadOptions
+from .medusa import Medusa, MedusaHeads
 from .meter import CallMeter
 from .plain import write_assisted, write_full_text, write_independent, write_sequential, write_shared_prefill
 from .skeleton import Router, write_skeleton
@@ -31,12 +33,18 @@ class Tools:
         prompt_lookup_num_tokens (`int`, *optional*, defaults to 8): Longest draft of prompt lookup.
         assistant (`PreTrainedModel`, *optional*): Smaller model of the same vocabulary, for `assistant`.
         lookahead (`LookaheadOptions`): Sizes of lookahead decoding.
+        medusa (`MedusaHeads`, *optional*), eagle (`EagleHead`, *optional*): Trained on this trunk, for the methods of
+            these names.
+        eagle_length (`int`, *optional*, defaults to 4): Tokens of EAGLE's chain.
     """
 
     router: Router = "none"
     prompt_lookup_num_tokens: int = 8
     assistant: PreTrainedModel | None = None
     lookahead: LookaheadOptions = field(default_factory=LookaheadOptions)
+    medusa: MedusaHeads | None = None
+    eagle: EagleHead | None = None
+    eagle_length: int = 4
 
 
 @dataclass
@@ -121,6 +129,25 @@ def _lookahead(call: Call, tools: Tools) -> Answer:
     return answer
 
 
+def _medusa(call: Call, tools: Tools) -> Answer:
+    _check_heads("medusa", tools.medusa)
+    answer = Answer(call, num_heads=len(tools.medusa.heads))
+    write_drafted(answer, Medusa(answer, tools.medusa))
+    return answer
+
+
+def _eagle(call: Call, tools: Tools) -> Answer:
+    _check_heads("eagle", tools.eagle)
+    answer = Answer(call, length=tools.eagle_length)
+    write_drafted(answer, Eagle(answer, tools.eagle, tools.eagle_length))
+    return answer
+
+
+def _check_heads(name: str, heads: MedusaHeads | EagleHead | None) -> None:
+    if heads is None:
+        raise ValueError(f"method {name!r} needs heads trained on this trunk: {name}=None.")
+
+
 METHODS: dict[str, Method] = {
     "pdt": Method("PDT, notes on", lambda call, tools: call.generate(), parallel=True),
     "self_only": Method(
@@ -136,6 +163,8 @@ METHODS: dict[str, Method] = {
     "assistant": Method("sequential, assistant_model", _assisted, in_order=True, lossless=True),
     "prompt_lookup": Method("sequential, prompt lookup", _prompt_lookup, in_order=True, lossless=True),
     "lookahead": Method("sequential, lookahead (ours)", _lookahead, in_order=True, lossless=True),
+    "medusa": Method("sequential, Medusa heads (ours)", _medusa, in_order=True, lossless=True),
+    "eagle": Method("sequential, EAGLE head (ours)", _eagle, in_order=True, lossless=True),
 }
 """Ways of answering in the order in which they are shown."""
 

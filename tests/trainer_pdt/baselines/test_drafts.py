@@ -42,10 +42,10 @@ class Oracle:
     """Proposes what will be written, with one wrong token among it."""
 
     def __init__(self, sections, wrong):
-        self.sections, self.wrong, self.section = sections, wrong, -1
+        self.sections, self.wrong = sections, wrong
 
-    def start(self, given, state_TD):
-        self.section += 1
+    def start(self, stream, given, state_TD):
+        self.section = stream
 
     def draft(self, token, place):
         tree = DraftTree(token)
@@ -110,7 +110,7 @@ def test_the_assistant_is_asked_for():
 
 def test_lookahead_keeps_the_newest_ngrams_of_its_columns():
     drafter = Lookahead(LookaheadOptions(window=2, ngram=3, guesses=2))
-    drafter.start([5, 6], torch.empty(0))
+    drafter.start(0, [5, 6], torch.empty(0))
     drafter.levels = [[1, 2], [3, 4]]
     tree = drafter.draft(9, 0)
     # The older row follows the last token, the newer one its own columns.

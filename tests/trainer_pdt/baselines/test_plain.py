@@ -8,6 +8,8 @@ from tests.tiny_baselines import OPTIONS, greedy, make_request, sliding_model, t
 from trainer_pdt.baselines import METHODS, Request, Tools, run_method
 from trainer_pdt.baselines import skeleton as skeleton_module
 from trainer_pdt.baselines.answer import Call
+from trainer_pdt.baselines.eagle import EagleHead
+from trainer_pdt.baselines.medusa import MedusaHeads
 from trainer_pdt.baselines.meter import CallMeter
 from trainer_pdt.manifest import check_manifest, decode_manifest
 
@@ -116,7 +118,8 @@ def test_the_router_follows_the_likelier_reply(monkeypatch):
 def test_every_method_leaves_a_manifest_of_the_same_schema(monkeypatch):
     model, request = tiny_model(), make_request()
     monkeypatch.setattr(Request, "outlined", lambda *_: request)
-    tools = Tools(assistant=model.trunk)
+    trunk = model.trunk
+    tools = Tools(assistant=trunk, medusa=MedusaHeads.for_trunk(trunk), eagle=EagleHead.for_trunk(trunk).eval())
     for name, method in METHODS.items():
         result = run(name, model, request, tools, max_new_tokens=3)
         trace = result.output.trace.to_manifest()
