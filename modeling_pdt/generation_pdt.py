@@ -191,7 +191,8 @@ class ParallelDecoder:
             self.events.sensitivity(streams, reads_A, self.sensitivity, self.head(hidden), disturbed)
         kept_A = streams.drop_finished()
         if kept_A is not None:
-            self.note_states, hidden = self.note_states.select_rows(kept_A), hidden[kept_A]
+            hidden = hidden[kept_A]
+            self.note_states = self.note_states and self.note_states.select_rows(kept_A)
         if not streams.any_waiting:
             self._choose(streams.batch_A, self.head(hidden))
             return
@@ -274,8 +275,10 @@ class ParallelDecoder:
         return self.interventions.window(rows, notes, mask, self.bus.plan_BPN.shape[1])
 
     def _refresh_window(self) -> None:
-        """Projects what every row of the batch may read now; once per exchange of notes."""
+        """Projects what every row of the batch may read now; once per exchange of notes, if anything reads."""
         streams, settings = self.streams, self.settings
+        if settings.logit_blend == 0:
+            return
         rows_A, lag_R = streams.batch_A, torch.full_like(streams.round_R, settings.bus_lag)
         lag_R = self.retries.lag(lag_R, streams.attempt_R)
         notes, mask = self._request(rows_A, streams.round_R[rows_A], lag_R[rows_A])

@@ -119,16 +119,17 @@ class CoverageHead(nn.Module):
         """
         rows, tokens, width = states_RTD.shape
         rounds, items = upto_RVT.shape[1], items_RPN.shape[1]
-        states = self.norm(states_RTD)
-        query = self.query(items_RPN)
-        split = (self.num_heads, self.head_dim)
-        queries = query.view(rows, items, *split).transpose(1, 2)
-        keys = self.key(states).view(rows, tokens, *split).transpose(1, 2)
-        values = self.value(states).view(rows, tokens, *split).transpose(1, 2)
-        scores = (queries @ keys.transpose(2, 3) * self.head_dim**-0.5)[:, :, None]
+        states, query = self.norm(states_RTD), self.query(items_RPN)
+        # There are fewer items than tokens: the projections of keys and values act on the side of the items.
+        heads_HED = (self.num_heads, self.head_dim, width)
+        queries = query.view(rows, items, self.num_heads, self.head_dim)
+        asked = torch.einsum("rphe,hed->rhpd", queries, self.key.weight.view(heads_HED)).flatten(1, 2)
+        scores = asked @ states.transpose(1, 2) * self.head_dim**-0.5
         keep = upto_RVT[:, None, :, None, :]
-        weights = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(dim=-1) * keep
-        context = (weights @ values[:, :, None]).permute(0, 2, 3, 1, 4).reshape(rows, rounds, items, width)
+        scores = scores.view(rows, self.num_heads, 1, items, tokens).masked_fill(~keep, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1) * keep
+        pooled = (weights.flatten(1, 3) @ states).view(rows, self.num_heads, rounds, items, width)
+        context = torch.einsum("rhvpd,hed->rvphe", pooled, self.value.weight.view(heads_HED)).flatten(3)
         query = query[:, None].expand_as(context)
         mixed = self.mix(torch.cat([context, query, context * query], dim=-1))
         return self.score(torch.nn.functional.gelu(mixed)).squeeze(-1)

@@ -188,21 +188,27 @@ def replaced(module: nn.Module, **values: Any) -> Iterator[None]:
 def run_layer(
     stack: nn.Module,
     index: int,
+    kind: str,
     hidden: torch.Tensor,
     state: TapState,
     act: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Decoder layer `index` of the trunk on `hidden` `[R, T, D]`, with `act` between its attention and its MLP."""
+    """
+    Decoder layer `index`, of attention type `kind`, of the trunk on `hidden` `[R, T, D]`, with `act` between its
+    attention and its MLP.
+    """
     layer, reads = stack.layers[index], isinstance(state.cache, PrefixCache)
     call = partial(
         layer,
-        attention_mask=state.masks[layer_types(stack.config)[index]],
+        attention_mask=state.masks[kind],
         position_embeddings=state.position_embeddings,
         position_ids=state.position_ids,
         past_key_values=state.cache,
         use_cache=state.cache is not None and not reads,
         **state.layer_kwargs,
     )
+    if act is None and not reads:
+        return call(hidden)
     changes: dict[str, Any] = {} if act is None else {"forward": partial(run_parts, layer, act=act)}
     with replaced(layer, **changes, **({"_can_checkpoint_with_cache": True} if reads else {})):
         return call(hidden)
@@ -268,9 +274,9 @@ def run_lower(
 
 def run_on(stack: nn.Module, tap: TapState, split: int) -> TapState:
     """The trunk at `split`, from an earlier place between its layers."""
-    hidden = tap.hidden
+    hidden, kinds = tap.hidden, layer_types(stack.config)
     for index in range(tap.split, split):
-        hidden = run_layer(stack, index, hidden, tap)
+        hidden = run_layer(stack, index, kinds[index], hidden, tap)
     return replace(tap, hidden=hidden, split=split)
 
 
@@ -356,13 +362,13 @@ def run_upper(
     Returns:
         `torch.Tensor` of shape `[R, T, D]`: what the language-model head reads.
     """
-    hidden = tap.hidden
+    hidden, kinds = tap.hidden, layer_types(stack.config)
     last = len(stack.layers)
     after_attention = after_attention or {}
     for index in range(tap.split, last):
         hidden = between(index, hidden) if between is not None else hidden
         if collect is not None:
             collect.append(hidden)
-        hidden = run_layer(stack, index, hidden, tap, after_attention.get(index))
+        hidden = run_layer(stack, index, kinds[index], hidden, tap, after_attention.get(index))
     hidden = between(last, hidden) if between is not None else hidden
     return stack.norm(hidden)
