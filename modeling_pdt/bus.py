@@ -201,13 +201,7 @@ class NotesBus:
         """
         streams, stored, per_block, _ = self.notes_BSVKN.shape[1:]
         sources = rows if sources is None else sources
-        prompt, newest = sources // streams, read_round - lag
-        span = max(0, min(self.recent, int(newest.max()) + 1)) if rows.numel() and stored else 0
-        version_MV = newest[:, None] - torch.arange(span - 1, -1, -1, device=rows.device)
-        notes, version = self._rounds(prompt, version_MV[:, None, :].expand(-1, streams, -1))
-        if stored and (self.scored or self.merged):
-            older_notes, older = self._older(prompt, newest - self.recent)
-            notes, version = torch.cat([older_notes, notes], dim=2), torch.cat([older, version], dim=2)
+        notes, version = self._places(sources // streams, read_round - lag)
         producer = torch.arange(streams, device=rows.device)[None, :, None].expand_as(version)
         mask = visible_notes(
             sources % streams,
@@ -225,6 +219,24 @@ class NotesBus:
             torch.cat([self.plan_BPN[rows // streams], notes], dim=1),
             torch.cat([self.plan_mask_BP[rows // streams], mask], dim=1),
         )
+
+    def window_rounds(self, sources: torch.Tensor, read_round: torch.Tensor, lag: torch.Tensor) -> torch.Tensor:
+        """
+        The round behind every place of a window `[M, S, X]`, whether visible or not, -1 for an empty place; X places
+        of `notes_per_block` notes for every producer, after the plan. Arguments as in [`window`].
+        """
+        return self._places(sources // self.num_streams, read_round - lag)[1]
+
+    def _places(self, prompt: torch.Tensor, newest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Notes `[M, S, X, K, N]` and rounds `[M, S, X]` of windows up to the rounds `newest` `[M]`."""
+        streams, stored = self.published_BSV.shape[1:]
+        span = max(0, min(self.recent, int(newest.max()) + 1)) if newest.numel() and stored else 0
+        version_MV = newest[:, None] - torch.arange(span - 1, -1, -1, device=newest.device)
+        notes, version = self._rounds(prompt, version_MV[:, None, :].expand(-1, streams, -1))
+        if stored and (self.scored or self.merged):
+            older_notes, older = self._older(prompt, newest - self.recent)
+            notes, version = torch.cat([older_notes, notes], dim=2), torch.cat([older, version], dim=2)
+        return notes, version
 
     def _rounds(self, prompt: torch.Tensor, version_MSV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Notes `[M, S, V, K, N]` of rounds `[M, S, V]`, and the rounds with -1 for those that are not published."""

@@ -37,7 +37,7 @@ from .trunk_split import TapState, rewind_tap
 
 class ParallelDecoder:
     """
-    One decoding call.
+    One decoding call. `request` is what the rows of the batch asked to read when their windows were made last.
 
     Args:
         model (`PDTForParallelDecoding`): Trunk and adapters.
@@ -45,6 +45,8 @@ class ParallelDecoder:
         streamer (*optional*): Receives committed blocks.
         callbacks (`list[ParallelDecodingCallback]`, *optional*): Receive every event.
     """
+
+    request: WindowRequest | None = None
 
     def __init__(
         self,
@@ -264,15 +266,17 @@ class ParallelDecoder:
             past_key_values=streams.cache,
         )
 
-    def _request(self, rows: torch.Tensor, read_round: torch.Tensor, lag: torch.Tensor) -> tuple:
-        """The window of some rows after the call's interventions."""
+    def _request(self, rows: torch.Tensor, read_round: torch.Tensor, lag: torch.Tensor) -> WindowRequest:
+        """What some rows ask to read, after the call's interventions."""
         own_notes = read_round < self.settings.self_only_rounds if self.settings.self_only_rounds else False
-        request = WindowRequest(rows, rows, read_round, lag, own_notes)
-        request = self.interventions.request(request)
+        return self.interventions.request(WindowRequest(rows, rows, read_round, lag, own_notes))
+
+    def _window(self, request: WindowRequest) -> tuple[torch.Tensor, torch.Tensor]:
+        """The window that answers a request, after the call's interventions."""
         notes, mask = self.bus.window(
             request.rows, request.read_round, request.lag, request.sources, request.own_notes
         )
-        return self.interventions.window(rows, notes, mask, self.bus.plan_BPN.shape[1])
+        return self.interventions.window(request.rows, notes, mask, self.bus.plan_BPN.shape[1])
 
     def _refresh_window(self) -> None:
         """Projects what every row of the batch may read now; once per exchange of notes, if anything reads."""
@@ -281,7 +285,8 @@ class ParallelDecoder:
             return
         rows_A, lag_R = streams.batch_A, torch.full_like(streams.round_R, settings.bus_lag)
         lag_R = self.retries.lag(lag_R, streams.attempt_R)
-        notes, mask = self._request(rows_A, streams.round_R[rows_A], lag_R[rows_A])
+        self.request = self._request(rows_A, streams.round_R[rows_A], lag_R[rows_A])
+        notes, mask = self._window(self.request)
         scale = self.gate_scale.of(rows_A)
         scale = self.interventions.gate_scale(rows_A, scale)
         states = self.stack.project_notes(notes, mask, scale)
@@ -308,7 +313,7 @@ class ParallelDecoder:
 
             def score() -> torch.Tensor:
                 lag = torch.zeros_like(round_M) if self.stalling is None else self.stalling.lag(rows_M)
-                window, window_mask = self._request(rows_M, round_M, lag)
+                window, window_mask = self._window(self._request(rows_M, round_M, lag))
                 items_mask = None if coverage_MP is None else self.bus.plan_mask_BP[streams.prompt_R[rows_M]]
                 items_mask = None if items_mask is None else items_mask[:, : self.inputs.num_items]
                 agreement = agreement_of(

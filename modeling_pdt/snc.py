@@ -124,6 +124,14 @@ class SharedNotesCrossAttention(nn.Module):
         sink = self.sink.view(1, -1, 1, 1).expand(mask.shape[0], -1, mask.shape[2], 1)
         return torch.cat([hidden.expand(-1, self.num_heads, -1, -1), sink], dim=-1)
 
+    def weights(self, queries_RTD: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Attention weights `[G, H, R / G * T, W + 1]`, the sink's last; arguments as in [`attend`]."""
+        rows, tokens = queries_RTD.shape[:2]
+        groups = keys.shape[0]
+        queries = self.q_proj(queries_RTD).view(groups, rows // groups * tokens, self.num_heads, self.head_dim)
+        scores = queries.transpose(1, 2) @ keys.transpose(2, 3)
+        return scores.add_(bias).softmax(dim=-1)
+
     def attend(
         self, queries_RTD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
@@ -139,11 +147,8 @@ class SharedNotesCrossAttention(nn.Module):
             `torch.Tensor` of shape `[R, T, H, head_dim]`; zeros where nothing is visible.
         """
         rows, tokens = queries_RTD.shape[:2]
-        groups = keys.shape[0]
-        queries = self.q_proj(queries_RTD).view(groups, rows // groups * tokens, self.num_heads, self.head_dim)
-        scores = queries.transpose(1, 2) @ keys.transpose(2, 3)
-        weights = scores.add_(bias).softmax(dim=-1)
-        return (weights @ values).transpose(1, 2).reshape(rows, tokens, self.num_heads, self.head_dim)
+        context = self.weights(queries_RTD, keys, bias) @ values
+        return context.transpose(1, 2).reshape(rows, tokens, self.num_heads, self.head_dim)
 
     def forward(self, hidden_RTD: torch.Tensor, note_states: NoteStates, site: int) -> torch.Tensor:
         """The state with what it read from the notes added, in the state's dtype."""

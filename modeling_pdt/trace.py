@@ -5,9 +5,9 @@ from typing import Any
 
 from .plan import PlanEntry, plan_bucket
 
-TRACE_SCHEMA_VERSION = "1.1"
+TRACE_SCHEMA_VERSION = "1.2"
 # Measurements of a run: they differ when the same decisions are made again.
-MEASURED = ("timings", "memory", "time_s")
+MEASURED = ("timings", "memory", "readings", "time_s")
 
 
 @dataclass
@@ -27,6 +27,7 @@ class DecodingTrace:
         memory (`dict[str, int | None]`): Most bytes held at once, where [`MemoryRecorder`] was among the callbacks.
         calls (`int`): Trunk calls after the prefill.
         tokens (`list[dict]`): A record per token, where [`TokenRecorder`] was among the callbacks.
+        readings (`list[dict]`): A record per block, where [`ReadingRecorder`] was among the callbacks.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class DecodingTrace:
     memory: dict[str, int | None] = field(default_factory=dict)
     calls: int = 0
     tokens: list[dict[str, Any]] = field(default_factory=list)
+    readings: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, kind: str, **values: Any) -> dict[str, Any]:
         """Appends one event and returns it."""
@@ -48,8 +50,9 @@ class DecodingTrace:
         return [event for event in self.events if event["kind"] == kind]
 
     def to_manifest(self) -> dict[str, Any]:
-        """The trace as plain JSON values, with its schema version; without tokens and memory that nobody recorded."""
-        values = {name: value for name, value in asdict(self).items() if value or name not in ("tokens", "memory")}
+        """The trace as plain JSON values, with its schema version; without what only recorders fill, if none did."""
+        recorded = ("tokens", "memory", "readings")
+        values = {name: value for name, value in asdict(self).items() if value or name not in recorded}
         return {"schema_version": TRACE_SCHEMA_VERSION, **_plain(values)}
 
 

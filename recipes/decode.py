@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_pdt import ParallelGenerateOutput, PDTForParallelDecoding
 from modeling_pdt.callbacks import JsonLinesWriter, MemoryRecorder, ParallelDecodingCallback, TokenRecorder
+from modeling_pdt.readings import ReadingRecorder
 from trainer_pdt.decode_arguments import DecodeArguments
 from trainer_pdt.live_view import LiveView
 from trainer_pdt.manifest import decode_manifest, write_decode_manifest
@@ -30,6 +31,8 @@ def open_callbacks(
         callbacks.append(TokenRecorder())
     if arguments.memory_report:
         callbacks.append(MemoryRecorder())
+    if arguments.reading_records:
+        callbacks.append(stack.enter_context(ReadingRecorder()))
     if arguments.stream_jsonl is not None:
         path = Path(arguments.stream_jsonl)
         path.parent.mkdir(parents=True, exist_ok=True)

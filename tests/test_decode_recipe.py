@@ -103,7 +103,7 @@ def test_a_run_leaves_its_files_and_can_be_replayed(model, tokenizer, tmp_path, 
     notes = tmp_path / "notes.yaml"
     notes.write_text("stream_0: [barley]\n")
     plan = ["--plan_texts", '{"text": "main crop", "stream": 0}', '{"text": "mayor"}', "--seed_texts", "a", "b", "c"]
-    options = ["--max_new_tokens", "10", "--token_records", "--memory_report", "--top_p", "0.9"]
+    options = ["--max_new_tokens", "10", "--token_records", "--reading_records", "--memory_report", "--top_p", "0.9"]
     given = arguments("--prompt", "Velmar.", *words, *plan, *options, "--reference_notes", str(notes))
     given.agreement_threshold, given.max_retries = 0.999, 2
     output = decode.decode(model, tokenizer, given, console())
@@ -112,6 +112,7 @@ def test_a_run_leaves_its_files_and_can_be_replayed(model, tokenizer, tmp_path, 
     lines = [json.loads(line)["event"] for line in (tmp_path / "out/tokens.jsonl").read_text().splitlines()]
     assert lines.count("token") == len(record["trace"]["tokens"])
     assert record["trace"]["memory"]["cache_bytes"] > 0
+    assert any(reading["notes"] for reading in record["trace"]["readings"])
     assert record["trace"]["settings"]["plan"] == "external"
     items = record["trace"]["events"][0]["items"]
     assert items[0]["bucket"] > 0 and items[1] == {"text": "mayor", "stream": None, "bucket": None}

@@ -72,6 +72,7 @@ class DecodeArguments(GenerationOptions):
     interventions: list[str] = field(default_factory=list, metadata={"help": "Names, for instance ablate or stale."})
     manifest: str | None = field(default=None, metadata={"help": "JSON file for the trace and the texts."})
     token_records: bool = field(default=False, metadata={"help": "A record per token in the manifest."})
+    reading_records: bool = field(default=False, metadata={"help": "Who read which note, in the manifest."})
     memory_report: bool = field(default=False, metadata={"help": "Bytes of caches and notes in the manifest."})
     reference_notes: str | None = field(
         default=None, metadata={"help": "YAML or JSON file of notes that go into the manifest for evaluation."}

@@ -121,7 +121,7 @@ def test_the_trace_tells_what_happened(model):
     model.config._adapter_config.trained_parts = ["agreement"]
     output = decode(model, agreement_threshold=0.9, interventions=[Stale(), Ablate()])
     manifest = json.loads(json.dumps(output.trace.to_manifest()))
-    assert manifest["schema_version"] == "1.1"
+    assert manifest["schema_version"] == "1.2"
     assert manifest["settings"]["interventions"] == ["stale", "ablate"]
     assert manifest["settings"]["num_streams"] == 3
     assert manifest["calls"] == output.trace.calls

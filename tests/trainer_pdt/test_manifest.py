@@ -8,7 +8,7 @@ from trainer_pdt.manifest import SCHEMA_FILE, check_manifest, differences, manif
 from trainer_pdt.schema_check import check_schema
 from trainer_pdt.telemetry import read_json
 
-PARTS = ("trace", "plan", "commit", "rollback", "stall", "sensitivity", "stream", "token")
+PARTS = ("trace", "plan", "commit", "rollback", "stall", "sensitivity", "stream", "token", "reading")
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def manifest():
     model = manifest_schema()["$defs"]["trace"]["properties"]["model"]["required"]
     described = {"instrumented_layers": [1, 2], "plan_vocab_size": 512, "plan_hash_salt": "salt"}
     return {
-        "schema_version": "1.1",
+        "schema_version": "1.2",
         "command": "decode.py",
         "git": None,
         "packages": {"torch": "2.9", "deepspeed": None},
@@ -28,7 +28,7 @@ def manifest():
         "sections": [["b"]],
         "merged": ["b"],
         "trace": {
-            "schema_version": "1.1",
+            "schema_version": "1.2",
             "settings": dict.fromkeys(settings),
             "model": {**dict.fromkeys(model), **described},
             "calls": 2,
@@ -61,7 +61,7 @@ def change(manifest, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["schema_version"], "0.9", r"manifest\.schema_version must be one of \['1\.1'\], got \"0\.9\""),
+        (["schema_version"], "0.9", r"manifest\.schema_version must be one of \['1\.2'\], got \"0\.9\""),
         (["merged"], None, "manifest must have 'merged'"),
         (["extra"], 1, r"manifest\.extra is not allowed"),
         (["git"], {"sha": 3, "dirty": True}, r"manifest\.git fits none of the 2 forms allowed"),
@@ -121,5 +121,5 @@ def test_the_documents_tables_are_the_schema():
 
 
 def test_the_schema_is_a_file_of_the_package():
-    assert read_json(SCHEMA_FILE)["version"] == "1.1"
+    assert read_json(SCHEMA_FILE)["version"] == "1.2"
     assert '"trainer_pdt": ["*.json"]' in (SCHEMA_FILE.parents[1] / "setup.py").read_text()
