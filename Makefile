@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DS_STAMP := $(VENV)/.deepspeed
 DOCS_STAMP := $(VENV)/.docs
+SPACE_STAMP := $(VENV)/.space
 # CPU-only machine: make install TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 CORES := $(shell $(PYTHON) -c "import os; print(max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)))")
@@ -18,7 +19,7 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # pytest leaves with 5 when a mark selects no test.
 EMPTY_IS_FINE := || test $$? -eq 5
 
-.PHONY: install demo proof proof-next test test-slow test-multi quality docs style trunk smoke clean
+.PHONY: install demo proof proof-next test test-slow test-multi test-browser space screenshots quality docs style trunk smoke clean
 
 install: $(STAMP)
 
@@ -38,6 +39,11 @@ $(DS_STAMP): $(STAMP)
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
 	touch $(DOCS_STAMP)
+
+# Chromium is the system's: apt-get install --yes chromium
+$(SPACE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[space,browser]"
+	touch $(SPACE_STAMP)
 
 demo: $(STAMP)
 	@echo "demo: trains PDT adapters on the shipped tiny trunk, decodes three prompts, evaluates."
@@ -69,6 +75,16 @@ test-slow: $(STAMP)
 
 test-multi: $(DS_STAMP)
 	$(PYTEST) -m "(multi or deepspeed) and not soak" $(EMPTY_IS_FINE)
+
+test-browser: $(SPACE_STAMP)
+	$(PYTEST) -m browser
+
+# The page with the model that PDT_MODEL names; the demo's by default.
+space: $(SPACE_STAMP)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python hub_cards/space/app.py
+
+screenshots: $(SPACE_STAMP)
+	PDT_MODEL=$(or $(PDT_MODEL),build/demo/model) PDT_SCREENSHOTS=docs/images $(PYTEST) -m browser -k "compared or wider or messages"
 
 quality: $(STAMP)
 	$(BIN)/ruff check .
