@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-TEMPLATES = ("model_card.md", "dataset_card.md")
+TEMPLATES = ("model_card.md", "dataset_card.md", "space_card.md")
 
 
 def template_path(name: str) -> Path:

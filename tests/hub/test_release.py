@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, SpaceCard
 
 from tests.hub.conftest import OWNER_TOKEN
 from tests.tiny_training import make_model, tokenizer
@@ -67,3 +67,18 @@ def test_nothing_is_uploaded_without_the_owner(visit, hub, folder, tmp_path):
         package=True,
     )
     assert "401" in value["text"] and ("model", "owner/stolen") not in hub.repositories
+
+
+def test_a_space_reaches_the_hub(visit, hub, tmp_path):
+    words = ("--model", "owner/release", "--repo_id", "owner/demo", "--evaluation", str(EVALUATION))
+    words += ("--staging_folder", str(tmp_path))
+    visit("space", *words, "--dry-run", package=True, token=OWNER_TOKEN)
+    assert ("space", "owner/demo") not in hub.repositories
+    start = len(hub.requests)
+    url, printed = visit("space", *words, package=True, token=OWNER_TOKEN)
+    asked = [path for _, path, _ in hub.requests[start:]]
+    assert asked.index("/api/validate-yaml") < asked.index("/api/repos/create")
+    assert url in printed and OWNER_TOKEN not in printed
+    files = hub.files("owner/demo", kind="space")
+    assert {"app.py", "README.md", "requirements.txt", "pdt_space/style.css", "modeling_pdt/snc.py"} <= set(files)
+    assert SpaceCard(files["README.md"].decode()).data.models == ["owner/release"]

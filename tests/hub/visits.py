@@ -210,6 +210,13 @@ def release(folder: str, repo: str, *words: str) -> str | None:
     return push_to_hub.main(["--model", folder, "--repo_id", repo, *words])
 
 
+def space(*words: str) -> str | None:
+    """The recipe that publishes a Space."""
+    from recipes import push_space
+
+    return push_space.main([*words])
+
+
 def decode_release(repo: str) -> dict:
     """A stranger follows the card."""
     model = AutoModel.from_pretrained(repo, trust_remote_code=True)
