@@ -84,7 +84,7 @@ space: $(SPACE_STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python hub_cards/space/app.py
 
 screenshots: $(SPACE_STAMP)
-	PDT_MODEL=$(or $(PDT_MODEL),build/demo/model) PDT_SCREENSHOTS=docs/images $(PYTEST) -m browser -k "compared or wider or messages"
+	PDT_MODEL=$(or $(PDT_MODEL),build/demo/model) PDT_SCREENSHOTS=docs/images $(PYTEST) -m browser -k "compared or wider"
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,11 @@ def wait_for_answer(page, boards=1):
     page.wait_for_function(f"{BOARDS}.join() === '{','.join(['true'] * boards)}'", timeout=PATIENCE)
 
 
-def shoot(page, name, **options):
-    """Keeps a picture, where pictures are wanted."""
+def shoot(shown, name, **options):
+    """Keeps a picture of a page or a part of it, where pictures are wanted."""
     if PICTURES:
-        page.wait_for_timeout(2000)
-        page.screenshot(path=Path(PICTURES) / f"space_{name}.png", animations="disabled", **options)
+        time.sleep(2)
+        shown.screenshot(path=Path(PICTURES) / f"space_{name}.png", animations="disabled", **options)
 
 
 def test_all_columns_fill_at_the_same_time(visit):
@@ -130,7 +131,7 @@ def test_two_answers_are_compared(visit):
     assert page.locator(".pdt-board >> nth=0 >> mark").count() == 0
     rows = page.locator(".pdt-compare tbody th").all_inner_texts()
     assert rows == ["tokens written", "trunk calls", "blocks withdrawn", "mean agreement"]
-    shoot(page, "compare", full_page=True)
+    shoot(page.locator("#result"), "compare")
 
 
 def test_errors_are_messages_and_go_away(visit):
@@ -141,7 +142,6 @@ def test_errors_are_messages_and_go_away(visit):
     page.fill("#words textarea, #words input", "ablait")
     write(page)
     page.wait_for_function("document.querySelector('#message').innerText.includes('ablait')", timeout=PATIENCE)
-    shoot(page, "error")
     page.fill("#words textarea, #words input", "")
     write(page)
     wait_for_answer(page)
@@ -169,7 +169,6 @@ def test_nothing_is_wider_than_the_screen(visit, name, size):
     page.get_by_label("The model writes it").check()
     page.click("#write")
     page.wait_for_function(f"{BOARDS}[0] === 'false' && document.querySelectorAll('.pdt-cell').length >= 6")
-    shoot(page, f"{name}_writing", full_page=name == "wide")
     wait_for_answer(page)
     assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
     wider = (
@@ -181,4 +180,4 @@ def test_nothing_is_wider_than_the_screen(visit, name, size):
         assert len({round(box["x"]) for box in boxes}) == 1 and min(box["width"] for box in boxes) > 320
         assert boxes[0]["y"] < page.locator("#plan").bounding_box()["y"]
     assert page.locator("#outline textarea").input_value().startswith("1. ")
-    shoot(page, name, full_page=name == "wide")
+    shoot(page, name, full_page=True)
