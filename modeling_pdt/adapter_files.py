@@ -59,6 +59,7 @@ def save_adapter(
     folder: Path,
     state: dict[str, torch.Tensor] | None,
     base_name: str | None,
+    base_revision: str | None = None,
 ) -> None:
     """
     Writes one adapter's configuration and safetensors into `folder`, whatever the adapter's name.
@@ -69,6 +70,7 @@ def save_adapter(
         folder (`Path`): Created if missing.
         state (`dict`, *optional*): State to save in place of the model's own, named as in `peft.state_dict()`.
         base_name (`str`, *optional*): The trunk's Hub id, for the adapter's configuration.
+        base_revision (`str`, *optional*): The trunk's commit, for the same.
     """
     peft.save_pretrained(
         str(folder),
@@ -85,7 +87,7 @@ def save_adapter(
     # The card is written for the whole repository; PEFT's own would name a folder of this machine as base model.
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_name
+    config |= {"base_model_name_or_path": base_name, "revision": base_revision}
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

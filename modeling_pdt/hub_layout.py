@@ -149,6 +149,8 @@ def load_trunk(
         name, arguments["subfolder"] = source, TRUNK_SUBFOLDER
         arguments.update({key: hub_kwargs[key] for key in ("revision",) if key in hub_kwargs})
     elif config.trunk_revision is not None:
+        if os.path.isdir(name):
+            raise ValueError(f"trunk_revision={config.trunk_revision!r}, allowed: None, the trunk {name} is a folder.")
         arguments["revision"] = config.trunk_revision
     for key in ("_attn_implementation", "_experts_implementation"):
         value = config.__dict__.get(f"{key}_internal")

@@ -136,9 +136,10 @@ class PDTPretrained:
         adapter_state = None
         if state_dict is not None:
             adapter_state = {key.removeprefix("peft."): value for key, value in state_dict.items()}
-        save_adapter(
-            self.peft, self.stack.active, folder / config.adapter_subfolder, adapter_state, public_name(self.config)
-        )
+        base_name = public_name(self.config)
+        base_revision = None if base_name is None else self.config.trunk_revision
+        subfolder = folder / config.adapter_subfolder
+        save_adapter(self.peft, self.stack.active, subfolder, adapter_state, base_name, base_revision)
         if push_to_hub:
             upload(folder, **kwargs)
 

@@ -9,12 +9,11 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from modeling_pdt import PDTForParallelDecoding
 from trainer_pdt.calibration import save_calibration
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.suite import Evaluation
+from trainer_pdt.loading import load_trained
 from trainer_pdt.parser import RecipeParser
 
 
@@ -23,9 +22,9 @@ def main(args: list[str] | None = None) -> dict:
     (arguments,) = RecipeParser(EvaluationArguments).parse(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
-    model = PDTForParallelDecoding.from_pretrained(arguments.model)
+    model, tokenizer = load_trained(arguments.model, arguments.revision, arguments.trunk_revision)
     model.check_conditioning()
-    evaluation = Evaluation(model, AutoTokenizer.from_pretrained(arguments.model), arguments)
+    evaluation = Evaluation(model, tokenizer, arguments)
     with closing(evaluation.writers):
         calibration = evaluation.calibration()
     folder = arguments.model if Path(arguments.model).is_dir() else arguments.output_folder

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import ParallelGenerateOutput, PDTForParallelDecoding
 from modeling_pdt.callbacks import JsonLinesWriter, MemoryRecorder, ParallelDecodingCallback, TokenRecorder
 from modeling_pdt.readings import ReadingRecorder
 from trainer_pdt.decode_arguments import DecodeArguments
 from trainer_pdt.live_view import LiveView
+from trainer_pdt.loading import load_trained
 from trainer_pdt.manifest import decode_manifest, write_decode_manifest
 from trainer_pdt.parser import RecipeParser, load_yaml
 from trainer_pdt.render import render_request
@@ -107,9 +108,11 @@ def main(args: list[str] | None = None) -> None:
     (arguments,) = RecipeParser(DecodeArguments).parse(args)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    model = PDTForParallelDecoding.from_pretrained(arguments.model, device_map=arguments.device)
+    model, tokenizer = load_trained(
+        arguments.model, arguments.revision, arguments.trunk_revision, device_map=arguments.device
+    )
     model.check_conditioning()
-    decode(model, AutoTokenizer.from_pretrained(arguments.model), arguments)
+    decode(model, tokenizer, arguments)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from modeling_pdt import PDTForParallelDecoding
 from trainer_pdt.calibration import save_calibration
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.report import read_training, write_report
 from trainer_pdt.evaluation.sections import DOCUMENTS_FILE, run_sections, take_documents
 from trainer_pdt.evaluation.suite import Evaluation
+from trainer_pdt.loading import load_trained
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import command_line, write_json
 
@@ -28,9 +27,8 @@ def main(args: list[str] | None = None) -> dict:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
     folder = Path(arguments.output_folder)
-    model = PDTForParallelDecoding.from_pretrained(arguments.model)
+    model, tokenizer = load_trained(arguments.model, arguments.revision, arguments.trunk_revision)
     model.check_conditioning()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     evaluation = Evaluation(model, tokenizer, arguments)
     report: dict = {
         "settings": {
@@ -45,6 +43,8 @@ def main(args: list[str] | None = None) -> dict:
             "workers": arguments.workers,
         }
     }
+    if model.config.trunk_revision is not None:
+        report["settings"]["trunk_revision"] = model.config.trunk_revision
     if arguments.section_documents:
         report["settings"]["section_documents"] = arguments.section_documents
     training = read_training(arguments.training_report) if arguments.training_report else None

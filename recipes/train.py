@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import resolve_revision
 
 from modeling_pdt import PDTAdapterConfig, PDTForParallelDecoding
 from trainer_pdt import FeatureMaker, PDTDataCollator, PDTTrainer, PDTTrainingArguments
@@ -35,16 +36,22 @@ def load_model(
 ) -> tuple[PDTForParallelDecoding, PreTrainedTokenizerBase]:
     """A new model on the recipe's trunk, and the trunk's tokenizer."""
     name = str(ROOT / arguments.trunk) if (ROOT / arguments.trunk).is_dir() else arguments.trunk
-    choices: dict[str, Any] = {"dtype": arguments.trunk_dtype}
+    if arguments.trunk_revision is not None and Path(name).is_dir():
+        raise ValueError(f"trunk_revision={arguments.trunk_revision!r}, allowed: none, the trunk {name} is a folder.")
+    # All files of the trunk come from one commit, which the model remembers.
+    revision = resolve_revision(name, revision=arguments.trunk_revision)
+    choices: dict[str, Any] = {"dtype": arguments.trunk_dtype, "revision": revision}
     if arguments.experts_implementation is not None:
         choices["experts_implementation"] = arguments.experts_implementation
-    quantization = getattr(AutoConfig.from_pretrained(name), "quantization_config", {})
+    quantization = getattr(AutoConfig.from_pretrained(name, revision=revision), "quantization_config", {})
     if quantization.get("quant_method") == "mxfp4":
         # Quantised weights have no backward.
         choices["quantization_config"] = Mxfp4Config(dequantize=True)
     trunk = AutoModelForCausalLM.from_pretrained(name, **choices)
     protocol = {name: getattr(arguments, name) for name in ("block_size", "bus_lag", "bus_capacity")}
-    return PDTForParallelDecoding.from_trunk(trunk, adapter, **protocol), AutoTokenizer.from_pretrained(name)
+    protocol["trunk_revision"] = getattr(revision, "resolved", revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    return PDTForParallelDecoding.from_trunk(trunk, adapter, **protocol), tokenizer
 
 
 def main() -> None:

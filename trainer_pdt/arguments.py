@@ -151,6 +151,8 @@ class ModelArguments:
 
     Args:
         trunk (`str`): Folder or Hub id of the trunk; a folder may be relative to the repository.
+        trunk_revision (`str`, *optional*): Branch, tag or commit of a trunk on the Hub; missing = its main branch. The
+            commit that was loaded is saved with the model.
         trunk_dtype (`str`, *optional*, defaults to `"float32"`): Of the frozen trunk, an MXFP4 one dequantised; PDT
             parameters are float32.
         experts_implementation (`str`, *optional*): How the trunk's experts are computed.
@@ -160,6 +162,7 @@ class ModelArguments:
     """
 
     trunk: str = field(metadata={"help": "Folder or Hub id of the trunk; may be relative to the repository."})
+    trunk_revision: str | None = field(default=None, metadata={"help": "Of a trunk on the Hub; missing = its newest."})
     trunk_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the frozen trunk."})
     experts_implementation: str | None = field(default=None, metadata={"help": "Of the trunk's experts."})
     block_size: int = field(default=12, metadata={"help": "Tokens of a block."})

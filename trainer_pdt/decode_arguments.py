@@ -44,6 +44,10 @@ class DecodeArguments(GenerationOptions):
     """What `recipes/decode.py` reads from YAML and the command line, beside the fields of `PDTGenerationConfig`."""
 
     model: str = field(metadata={"help": "Folder or Hub repository of trained adapters."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's repository."})
+    trunk_revision: str | None = field(
+        default=None, metadata={"help": "Of the trunk on the Hub; missing = the commit that the model names."}
+    )
     prompt: str | None = field(default=None, metadata={"help": "The request."})
     prompt_file: str | None = field(default=None, metadata={"help": "File with one request per line."})
     plan: Literal["trunk", "planner", "none"] = field(

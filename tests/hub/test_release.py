@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, SpaceCard
 
 from tests.hub.conftest import OWNER_TOKEN
 from tests.tiny_training import make_model, tokenizer
+from trainer_pdt import publishing
 
 pytestmark = pytest.mark.slow
 EVALUATION = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo" / "evaluation.json"
@@ -43,7 +44,11 @@ def test_publish_and_use(visit, hub, folder, tmp_path):
         digest, name = line.split("  ")
         assert hashlib.sha256(files[name]).hexdigest() == digest
     card = ModelCard(files["README.md"].decode())
-    assert len(card.data.eval_results) == 10 and json.loads(files["provenance.json"])["metrics"]
+    expected = publishing.measured(json.loads(EVALUATION.read_text()))
+    assert publishing.measured(json.loads(files["evaluation.json"])) == expected
+    figures = {kind: numbers["value"] for kind, _, numbers in expected}
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == figures
+    assert len(figures) == 10 and json.loads(files["provenance.json"])["metrics"].keys() == figures.keys()
     value, _ = visit("decode_release", "owner/release", token=OWNER_TOKEN)
     assert value == {"streams": 3, "threshold": 0.25}
 

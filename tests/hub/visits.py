@@ -224,3 +224,62 @@ def decode_release(repo: str) -> dict:
     inputs = tokenizer(["Describe the town of Velmar in three parts.\n"], return_tensors="pt", padding=True)
     out = model.generate(**inputs, tokenizer=tokenizer, max_new_tokens=8, return_dict_in_generate=True)
     return {"streams": len(out.streams[0]), "threshold": model.generation_config.agreement_threshold}
+
+
+def change_trunk(repo: str) -> None:
+    """A new commit of a trunk: what was likely becomes unlikely."""
+    trunk = LlamaForCausalLM.from_pretrained(repo)
+    with torch.no_grad():
+        trunk.lm_head.weight.neg_()
+    trunk.push_to_hub(repo)
+
+
+def start_training(trunk: str, folder: str, include_trunk: bool = False, **arguments) -> dict:
+    """What the training recipe builds from its arguments, saved; whether its trunk is that of `owner/trunk`."""
+    from modeling_pdt import PDTAdapterConfig
+    from recipes.train import load_model
+    from trainer_pdt.arguments import ModelArguments
+
+    adapter = PDTAdapterConfig(notes_dim=16, adapter_bottleneck=8)
+    model, tokenizer = load_model(ModelArguments(trunk=trunk, block_size=4, **arguments), adapter)
+    model.save_pretrained(folder, include_trunk=include_trunk)
+    tokenizer.save_pretrained(folder)
+    first = LlamaForCausalLM.from_pretrained("owner/trunk").lm_head.weight
+    return {"first": torch.equal(model.trunk.lm_head.weight, first), "trunk_revision": model.config.trunk_revision}
+
+
+def decode(model: str, folder: str, *words: str) -> list:
+    """The decoding recipe; the sections it wrote."""
+    from recipes import decode as recipe
+    from trainer_pdt.telemetry import read_json
+
+    path = Path(folder) / "decoded.json"
+    options = ["--plan", "none", "--temperature", "0", "--max_new_tokens", "6", "--manifest", str(path)]
+    recipe.main(["--model", model, "--prompt", "Describe the town of Velmar.", *options, *words])
+    return read_json(path)["sections"]
+
+
+def build_dataset(folder: str, repo: str, **options) -> None:
+    """The pipeline, to its last stage and on to the Hub."""
+    from tests.data_builds import make_builder
+
+    make_builder(Path(folder), push_to_hub=True, hub_dataset_id=repo, **options).run()
+
+
+def read_dataset(repo: str) -> dict:
+    """A stranger's `load_dataset`: types and rows of every split."""
+    from datasets import load_dataset
+
+    splits = load_dataset(repo)
+    return {name: {"types": str(split.features), "rows": list(split)} for name, split in splits.items()}
+
+
+def features_of_dataset(repo: str) -> dict:
+    """What training makes of a published dataset."""
+    from tests.tiny_training import make_maker
+    from trainer_pdt.arguments import DataArguments
+    from trainer_pdt.features import load_features
+
+    data = DataArguments(dataset_path=repo, train_documents=5, eval_documents=2)
+    train, validation = load_features(data, make_maker(0.0), 0)
+    return {"train": len(train), "validation": len(validation), "columns": sorted(train.column_names)}

@@ -191,7 +191,8 @@ class Export:
                         stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def push(self) -> str:
-        """Uploads the folder; returns the address of the commit."""
+        """Has the Hub check the card, then uploads the folder; returns the address of the commit."""
+        DatasetCard.load(self.folder / CARD_FILE).validate(repo_type="dataset")
         api = HfApi()
         name = str(self.options.hub_dataset_id)
         api.create_repo(name, repo_type="dataset", private=self.options.hub_private, exist_ok=True)

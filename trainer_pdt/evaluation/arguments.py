@@ -25,6 +25,8 @@ class EvaluationArguments:
 
     Args:
         model (`str`): Folder or Hub repository of the adapters.
+        revision (`str`, *optional*): Branch, tag or commit of that repository.
+        trunk_revision (`str`, *optional*): Of the trunk on the Hub; missing = the commit that the model names.
         output_folder (`str`): Receives `evaluation.json` and, for statistics over several runs, `documents.json`.
         core_documents, hard_documents (`int`): Held-out documents per kind.
         calibration_documents (`int`): Validation documents on which the agreement threshold is set.
@@ -47,6 +49,10 @@ class EvaluationArguments:
     """
 
     model: str = field(default="build/demo/model", metadata={"help": "Folder or repository of the adapters."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's repository."})
+    trunk_revision: str | None = field(
+        default=None, metadata={"help": "Of the trunk on the Hub; missing = the commit that the model names."}
+    )
     output_folder: str = field(default="build/demo", metadata={"help": "Receives evaluation.json."})
     core_documents: int = field(default=128, metadata={"help": "Held-out core documents."})
     hard_documents: int = field(default=48, metadata={"help": "Held-out hard documents."})

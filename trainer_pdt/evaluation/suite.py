@@ -77,7 +77,9 @@ class Evaluation:
         core, hard, factor = arguments.core_documents, arguments.hard_documents, arguments.control_factor
         self.documents = held_out_documents("test", core, hard)
         self.control_documents = held_out_documents("test", factor * core, factor * hard)
-        self.writers = Writers(model, tokenizer, arguments.model, arguments.workers, arguments.threads)
+        self.writers = Writers(
+            model, tokenizer, arguments.model, arguments.workers, arguments.threads, arguments.revision
+        )
         self.features = FeatureMaker(
             tokenizer,
             model.config.num_plan_slots,

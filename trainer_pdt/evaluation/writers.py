@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import PDTForParallelDecoding
 
+from ..loading import load_trained
 from .modes import Written, batches
 
 _loaded: dict[str, Any] = {}
@@ -28,6 +29,7 @@ class Writers:
         source (`str`): Folder or repository that worker processes load the same model from.
         workers (`int`, *optional*, defaults to 1): Processes; 1 = none beside this one.
         threads (`int`, *optional*, defaults to 1): CPU threads of all workers together.
+        revision (`str`, *optional*): Of the repository `source`; the trunk's is the model's own.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Writers:
         source: str,
         workers: int = 1,
         threads: int = 1,
+        revision: str | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.pool = None
         if workers > 1:
+            place = (source, revision, model.config.trunk_revision)
             self.pool = ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), _load, (source, max(1, threads // workers))
+                workers, multiprocessing.get_context("spawn"), _load, (place, max(1, threads // workers))
             )
 
     def __call__(self, write: Callable[..., Any], items: Sequence[Any], batch_size: int, **options: Any) -> Any:
@@ -67,10 +71,9 @@ class Writers:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _load(source: str, threads: int) -> None:
+def _load(place: tuple[str, str | None, str | None], threads: int) -> None:
     torch.set_num_threads(threads)
-    _loaded["model"] = PDTForParallelDecoding.from_pretrained(source)
-    _loaded["tokenizer"] = AutoTokenizer.from_pretrained(source)
+    _loaded["model"], _loaded["tokenizer"] = load_trained(*place)
 
 
 def _write(write: Callable[..., Any], items: Sequence[Any], **options: Any) -> Any:

@@ -259,8 +259,12 @@ def test_the_folder_is_uploaded(copy, monkeypatch):
             calls.append((options["repo_id"], options["repo_type"], sorted(all_bytes(Path(options["folder_path"])))))
 
     monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(
+        export.DatasetCard, "validate", lambda card, repo_type: calls.append((repo_type, card.content))
+    )
     make_builder(copy, push_to_hub=True, hub_dataset_id="someone/worlds").run()
     assert calls == [
+        ("dataset", (copy / "dataset" / "README.md").read_text(encoding="utf-8")),
         ("someone/worlds", "dataset", True),
         ("someone/worlds", "dataset", sorted(all_bytes(copy / "dataset"))),
     ]
