@@ -147,7 +147,8 @@ def test_the_originals_flags_all_have_a_row():
     for flag, equivalent in rows:
         named = set(re.findall(r"`--(\w+)", equivalent)) | set(re.findall(r"`(\w+):` in a", equivalent))
         assert named <= fields, flag
-        assert named or equivalent.startswith(("none: ", "the view", "`timings")), flag
+        assert named or equivalent.startswith(("none: ", "the view", "`timings", "[`recipes/")), flag
+        assert all((ROOT / recipe).is_file() for recipe in re.findall(r"^\[`(recipes/\S+)`\]", equivalent)), flag
         cadence = re.findall(r"^`--cadence`, field `(\w+)`", equivalent)
         assert set(cadence) <= {field.name for field in dataclasses.fields(CadencePolicy)}, flag
     for words in re.findall(r"`--interventions (\S+?)`", text):
@@ -192,7 +193,7 @@ def test_the_view_shows_what_is_being_written(model, tokenizer):
 def test_the_documents_code_runs(model, tokenizer, monkeypatch):
     text = (ROOT / "docs/decoding.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     monkeypatch.setattr(PDTForParallelDecoding, "from_pretrained", lambda *args: model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args: tokenizer)
     exec("\n".join(blocks), {})

@@ -263,10 +263,9 @@ class ChatClient:
 
     def _require_server(self) -> None:
         """Raises where too many requests in a row failed: nothing more is sent."""
-        if self._failures_in_a_row >= self.options.attempts * self.options.max_concurrency:
-            raise ServerUnavailable(
-                f"{self._failures_in_a_row} requests in a row failed. What is finished is kept; run the build again."
-            )
+        most = self.options.attempts * self.options.max_concurrency
+        if self._failures_in_a_row >= most:
+            raise ServerUnavailable(f"{most} requests in a row failed. What is finished is kept; run the build again.")
 
     def _send(self, request: ChatRequest, max_tokens: int, problem: str | None, most: Usage) -> tuple[str, Usage]:
         """The model's text and what it took; a request without a count may have taken the most."""
