@@ -185,9 +185,9 @@ def build(model: str) -> gr.Blocks:
         for trigger in (demo.load, load.click, name.submit):
             trigger(page.load, **loading)
         inputs, outputs = [name, prompt, *choices], [stage, outline, message]
-        for trigger in (run.click, prompt.submit):
-            writing = trigger(page.write, inputs, outputs, concurrency_limit=1, show_progress="hidden")
-            stop.click(None, cancels=[writing])
+        once = {"concurrency_limit": 1, "show_progress": "hidden"}
+        writing = [trigger(page.write, inputs, outputs, **once) for trigger in (run.click, prompt.submit)]
+        stop.click(lambda: view.notice("info", "Stopped."), None, message, cancels=writing, show_progress="hidden")
     return demo
 
 

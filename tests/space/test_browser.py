@@ -156,7 +156,10 @@ def test_stop_ends_the_call(visit):
     page = visit()
     write(page, pace=2, tokens=200)
     page.wait_for_selector(".pdt-draft")
-    page.click("#stop")
+    # The browser forgets the call once the server has; until then Write would do nothing.
+    with page.expect_response("**/reset"):
+        page.click("#stop")
+    page.wait_for_selector("#message :text('Stopped.')")
     write(page, pace=0, tokens=16)
     wait_for_answer(page)
     assert "48 tokens" in page.locator(".pdt-head p").inner_text()
