@@ -81,7 +81,7 @@ def _token_parts(branches: BranchOutputs, stage: Stage, arguments: PDTTrainingAr
 
 
 def _plan_snapshot(branches: BranchOutputs) -> Tensor:
-    """A plan embedded from its buckets says to the readers what the texts of its items say; learns from the latter."""
+    """A plan embedded from its buckets learns to say to the readers what the texts of its items say."""
     texts_MV = branches.student.logits.whole()
     reads = {"texts": lambda logits_mV, place: token_kl(logits_mV, texts_MV[place])}
     divergence_M = branches.buckets.read(reads)["texts"]
