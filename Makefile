@@ -15,7 +15,9 @@ THREADS ?= $(CORES)
 
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 RUN := $(OFFLINE) OMP_NUM_THREADS=$(THREADS) $(BIN)/python
-PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A test that hangs tells where and fails: its process is ended, and the others go on.
+HANGS := -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(HANGS)
 # pytest leaves with 5 when a mark selects no test.
 EMPTY_IS_FINE := || test $$? -eq 5
 
@@ -68,10 +70,10 @@ trunk: $(STAMP)
 	$(RUN) recipes/pretrain_trunk.py --config recipes/tiny/trunk.yaml
 
 test: $(STAMP)
-	$(PYTEST) -n $(WORKERS) --dist loadfile
+	$(PYTEST) -n $(WORKERS) --dist loadfile --max-worker-restart 1
 
 test-slow: $(STAMP)
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow and not soak" $(EMPTY_IS_FINE)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --max-worker-restart 1 -m "slow and not soak" $(EMPTY_IS_FINE)
 
 test-multi: $(DS_STAMP)
 	$(PYTEST) -m "(multi or deepspeed) and not soak" $(EMPTY_IS_FINE)
