@@ -196,3 +196,22 @@ def test_text_similarity_as_runs_are_compared():
     assert {name: found[name]["mean"] for name in ("rouge_l", "tf_idf_cosine")} == pytest.approx(
         {name: compared[name] for name in ("rouge_l", "tf_idf_cosine")}
     )
+
+
+def test_dependency_ce_by_hand():
+    losses, depends = [[1.0, 0.5], [2.0]], [[True, False], [True]]
+    found = metric("dependency_ce").compute(predictions=losses, references=depends)
+    assert found["dependency"]["notes"]["mean"] == 1.5 and found["dependency_gain"] == {}
+    conditions = {"no_notes": [[3.0, 0.5], [2.5]]}
+    found = metric("dependency_ce").compute(predictions=losses, references=depends, conditions=conditions)
+    assert found["dependency_gain"]["no_notes"] == {"mean": 1.25, "low": 0.5, "high": 2.0, "n": 2}
+    assert found["non_dependency_gain"]["no_notes"]["mean"] == 0
+
+
+def test_note_usage_by_hand():
+    notes = [{"stream": 1, "round": 0, "weight": 0.3}, {"stream": 2, "round": 0, "weight": 0.1}]
+    block = {"stream": 0, "round": 1, "gate": 0.5, "sink": 0.4, "plan": 0.2, "notes": notes}
+    repeats = {"stream": 0, "round": 1, "source": 1, "source_round": 0}
+    found = metric("note_usage").compute(predictions=[[block], []], references=[[repeats], []])
+    assert found["notes"]["mean"] == pytest.approx(0.4) and found["source"]["mean"] == pytest.approx(0.75)
+    assert found["source_even"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 1}

@@ -4,12 +4,19 @@ from dataclasses import dataclass, field
 
 from ..arguments import check_whole
 from ..curriculum import check_choice, check_range
+from ..nli import WORLDS
 
 STANDARD_SECTIONS = (
     *("recall", "calibration", "coverage", "agreement", "rollback", "nli", "teacher_forced", "text", "speed"),
     "examples",
 )
 """What an evaluation measures unless it is told otherwise, in order."""
+
+ANSWER_SECTIONS = ("consistency", "similarity", "dependency", "note_usage")
+"""What the full suite adds."""
+
+SUITES = {"standard": STANDARD_SECTIONS, "full": (*STANDARD_SECTIONS, *ANSWER_SECTIONS)}
+"""Sections by the name of a suite."""
 
 FURTHER_SECTIONS = ("heldout_values", "note_text", "two_hop", "curves", "rollback_controls")
 """Measurements that need documents of their own; `section_documents` says how many."""
@@ -39,8 +46,10 @@ class EvaluationArguments:
         workers (`int`): Processes that write documents and share the threads; 1 = this one.
         training_report (`str`, *optional*): `training_report.json` of the run, quoted in the settings.
         nli_scorer (`str`, *optional*): Judges whether sections contradict each other: `"worlds"`, or folder or Hub id
-            of a classifier, see `trainer_pdt.nli`; missing = not judged.
-        sections (`list[str]`, *optional*): What to measure, of `STANDARD_SECTIONS` (missing = these) and
+            of a classifier, see `trainer_pdt.nli`; missing = not judged, and `"worlds"` in the full suite.
+        suite (`str`, *optional*, defaults to `"standard"`): What to measure: `"standard"`, or `"full"` for every
+            section that needs no documents of its own.
+        sections (`list[str]`, *optional*): What to measure in place of a suite: sections of the full one and of
             `FURTHER_SECTIONS`.
         section_documents (`dict[str, int]`, *optional*): Documents of each further section that is measured.
         curves (`dict[str, list]`, *optional*): Values of each of `CURVE_FACTORS` that the section `curves` varies.
@@ -65,8 +74,9 @@ class EvaluationArguments:
     workers: int = field(default=1, metadata={"help": "Processes that write documents and share the threads."})
     training_report: str | None = field(default=None, metadata={"help": "training_report.json of the run."})
     nli_scorer: str | None = field(default=None, metadata={"help": "Scorer of contradictions: worlds, or a model."})
-    sections: list[str] = field(
-        default_factory=lambda: list(STANDARD_SECTIONS), metadata={"help": "What to measure, in order."}
+    suite: str = field(default="standard", metadata={"help": "What to measure: standard or full."})
+    sections: list[str] | None = field(
+        default=None, metadata={"help": "What to measure in place of a suite, in order."}
     )
     section_documents: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Documents of each further section."}
@@ -85,12 +95,22 @@ class EvaluationArguments:
         }.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
+        self._choose_sections()
         self._check_sections()
         self._check_curves()
 
+    def _choose_sections(self) -> None:
+        check_choice("suite", self.suite, tuple(SUITES))
+        if self.sections is None:
+            self.sections = list(SUITES[self.suite])
+        elif self.suite != "standard":
+            raise ValueError(f"sections={self.sections}, allowed: none with suite={self.suite!r}, which chooses them.")
+        if self.suite == "full" and self.nli_scorer is None:
+            self.nli_scorer = WORLDS
+
     def _check_sections(self) -> None:
         for name in self.sections:
-            check_choice("sections", name, (*STANDARD_SECTIONS, *FURTHER_SECTIONS))
+            check_choice("sections", name, (*SUITES["full"], *FURTHER_SECTIONS))
         if not self.sections or len(set(self.sections)) != len(self.sections):
             raise ValueError(f"sections={self.sections}, allowed: one or more different ones.")
         wanted = {name for name in self.sections if name in FURTHER_SECTIONS}
@@ -101,8 +121,6 @@ class EvaluationArguments:
             )
         for name, count in self.section_documents.items():
             check_whole(f"section_documents.{name}", count, 2)
-        if self.resume and self.nli_scorer is not None:
-            raise ValueError("resume=True, allowed: False with nli_scorer, which judges what other sections wrote.")
 
     def _check_curves(self) -> None:
         if bool(self.curves) != ("curves" in self.sections):

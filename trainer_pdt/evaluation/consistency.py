@@ -1,4 +1,4 @@
-"""Do the sections of one answer contradict each other? Pairs of siblings, judged by an NLI scorer."""
+"""Do the sections of one answer fit together? Contradictions as an NLI scorer sees them, repetition, attributes."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,15 +7,21 @@ from typing import Any
 
 from ..data.counting import StreamText, bootstrap_rate
 from ..data.schema import Document, Fact
-from ..features import FeatureMaker, plant_contradictions
+from ..decode_metrics import redundancies
+from ..features import FeatureMaker, collect_values, plant_contradictions
 from ..losses import NLIScorer, nli_violation
+from ..nli import stated_values
+from .documents import held_out_documents
 from .scoring import rate_dict
 
 NLI_MARGIN = 0.1
 """Probability by which contradiction may exceed neutral; the seeds' value."""
 
-NLI_MODES = ("pdt", "pdt_gate", "independent", "sequential", "full_text")
-"""Modes of decoding whose sections are judged."""
+ANSWER_MODES = ("pdt", "pdt_gate", "independent", "sequential", "full_text")
+"""Modes of decoding whose sections are held against each other."""
+
+CONTROL_DOCUMENTS, VALUE_DOCUMENTS = 24, 100
+"""Held-out documents that a scorer has to judge rightly, and documents whose values are planted in them."""
 
 
 def judged_answers(
@@ -25,12 +31,12 @@ def judged_answers(
     Sections by document, under the name of what wrote them: modes of decoding, and two controls.
 
     Args:
-        written (`Mapping[str, Sequence[Sequence[StreamText]]]`): Texts by mode; those of [`NLI_MODES`] are taken.
+        written (`Mapping[str, Sequence[Sequence[StreamText]]]`): Texts by mode; those of [`ANSWER_MODES`] are taken.
         documents (`Sequence[Document]`): `given` are their own sections, which agree.
         features (`FeatureMaker`): `planted` are the contradictions of its corrupted view, which a scorer has to see.
     """
     answers = {
-        mode: [[text.text for text in texts] for texts in written[mode]] for mode in NLI_MODES if mode in written
+        mode: [[text.text for text in texts] for texts in written[mode]] for mode in ANSWER_MODES if mode in written
     }
     return answers | control_answers(documents, features.values, features.corruption_rate, features.seed)
 
@@ -53,6 +59,12 @@ def control_answers(
         name: [[stream.text for stream in document.streams] for document in sources]
         for name, sources in (("given", documents), ("planted", planted))
     }
+
+
+def standard_control() -> dict[str, list[list[str]]]:
+    """[`control_answers`] of held-out documents: the contradictions that a scorer has to see before it is believed."""
+    values = collect_values(held_out_documents("train", VALUE_DOCUMENTS, 0))
+    return control_answers(held_out_documents("test", CONTROL_DOCUMENTS, 0), values)
 
 
 def sibling_pairs(sections: Sequence[str]) -> list[tuple[str, str]]:
@@ -127,3 +139,19 @@ def consistent_attributes(sections: Sequence[Iterable[Fact]]) -> tuple[int, int]
             stated.setdefault(key, []).append(objects)
     shared = [set().union(*objects) for objects in stated.values() if len(objects) > 1]
     return sum(len(objects) == 1 for objects in shared), len(shared)
+
+
+def attribute_consistency(documents: Iterable[Sequence[Iterable[Fact]]]) -> dict[str, Any]:
+    """Share of shared attributes that are consistent, see [`consistent_attributes`]; `{mean, low, high, n}`."""
+    return rate_dict(bootstrap_rate(consistent_attributes(sections) for sections in documents))
+
+
+def stated_facts(text: str) -> list[Fact]:
+    """Facts that the parser finds in a section of a procedural world, all of the one subject that a document has."""
+    return [Fact("", cue, value, 0, 0) for cue, values in stated_values(text).items() for value in sorted(values)]
+
+
+def section_redundancy(answers: Iterable[Sequence[str]]) -> dict[str, Any]:
+    """Mean [`~trainer_pdt.decode_metrics.redundancies`] of every two sections of an answer; `{mean, low, high, n}`."""
+    pairs = [redundancies(sections) for sections in answers]
+    return rate_dict(bootstrap_rate((sum(found), len(found)) for found in pairs))

@@ -28,12 +28,16 @@ def thinned(points: list[list[float]], count: int) -> list[list[float]]:
     return points[::step] + (points[-1:] if (len(points) - 1) % step else [])
 
 
-def areas(decisions: Decisions, finds: bool, threshold: float = 0.5) -> dict[str, Any]:
-    """`auroc`, `average_precision` and `expected_calibration_error` of [`assess`]; nothing without a decision."""
+def areas(decisions: Decisions, finds: bool, threshold: float | None = None) -> dict[str, Any]:
+    """
+    `auroc`, `average_precision` and `expected_calibration_error` of [`assess`], and `f1` where a threshold is given;
+    nothing without a decision.
+    """
     if not any(decisions):
         return {}
-    report = assess(Judgements.of(decisions, finds), threshold)
-    return {name: report[name] for name in AREAS if report[name]["mean"] is not None}
+    report = assess(Judgements.of(decisions, finds), 0.5 if threshold is None else threshold)
+    names = AREAS if threshold is None else ("f1", *AREAS)
+    return {name: report[name] for name in names if report[name]["mean"] is not None}
 
 
 def coverage(evaluation: "Evaluation") -> dict[str, Any]:
@@ -48,10 +52,10 @@ def coverage(evaluation: "Evaluation") -> dict[str, Any]:
     unseen_decisions = coverage_decisions(documents, unseen.texts, unseen.events)
     return {
         **precision_recall(decisions, threshold),
-        **areas(decisions, finds=True),
+        **areas(decisions, finds=True, threshold=threshold),
         "heldout_wordings": {
             **precision_recall(unseen_decisions, threshold),
-            **areas(unseen_decisions, finds=True),
+            **areas(unseen_decisions, finds=True, threshold=threshold),
         },
         "curve": precision_recall_curve(decisions),
         "threshold": threshold,

@@ -22,6 +22,7 @@ from modeling_pdt.interventions import (
     Swap,
     ZeroNotes,
 )
+from modeling_pdt.readings import ReadingRecorder
 
 from ..data.counting import StreamText
 from ..data.schema import Document
@@ -46,14 +47,15 @@ class Written:
 
     Args:
         texts (`list[list[StreamText]]`): Per document, per stream.
-        outputs (`list[ParallelGenerateOutput]`): Of the parallel modes, one per batch.
         results (`list[list[StreamResult]]`): Per document, per stream; parallel modes only.
         events (`list[list[dict]]`): Trace events per document; parallel modes only.
+        readings (`list[list[dict]]`): What each block read, per document, where it was recorded.
     """
 
     texts: list[list[StreamText]] = field(default_factory=list)
     results: list[list[Any]] = field(default_factory=list)
     events: list[list[dict]] = field(default_factory=list)
+    readings: list[list[dict]] = field(default_factory=list)
 
     @classmethod
     def joined(cls, parts: Sequence["Written"]) -> "Written":
@@ -87,6 +89,7 @@ def write_parallel(
     interventions: Sequence[Intervention] = (),
     trunk_only: bool = False,
     prompts: Sequence[str] | None = None,
+    record_readings: bool = False,
     batch_size: int = 32,
     seed: int = 0,
     max_new_tokens: int = 110,
@@ -100,6 +103,7 @@ def write_parallel(
         interventions (`Sequence[Intervention]`): What is changed in what the streams read.
         trunk_only (`bool`): Adapters off: independent streams of the bare trunk.
         prompts (`Sequence[str]`, *optional*): Prompt texts in place of the documents' own.
+        record_readings (`bool`): Keep what each block read, see [`~modeling_pdt.readings.ReadingRecorder`].
         options: Further arguments of `generate`.
     """
     written = Written()
@@ -108,7 +112,8 @@ def write_parallel(
         encoded = tokenizer(
             [prompt for _, prompt in batch], return_tensors="pt", padding=True, add_special_tokens=False
         )
-        with model.disable_adapter() if trunk_only else nullcontext():
+        recorder = ReadingRecorder() if record_readings else nullcontext()
+        with recorder, model.disable_adapter() if trunk_only else nullcontext():
             output = model.generate(
                 encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
@@ -117,6 +122,7 @@ def write_parallel(
                 plan_texts=[plan_entries(document) for document, _ in batch],
                 stream_prefixes=[[render_header(stream.header) for stream in doc.streams] for doc, _ in batch],
                 interventions=list(interventions),
+                callbacks=[recorder] if record_readings else [],
                 seed=seed,
                 max_new_tokens=max_new_tokens,
                 return_dict_in_generate=True,
@@ -126,6 +132,8 @@ def write_parallel(
             written.results.append(results)
             written.texts.append([section_text(tokenizer, r.token_ids, r.blocks) for r in results])
             written.events.append([event for event in output.trace.events if event.get("prompt") == index])
+            if record_readings:
+                written.readings.append([entry for entry in output.trace.readings if entry["prompt"] == index])
     return written
 
 

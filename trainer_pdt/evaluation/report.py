@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..telemetry import MANIFEST_FILE, STAGE_HISTORY_FILE, read_json
+from .answer_plots import plot_dependency
+from .answer_tables import (
+    ANSWER_TABLES,
+    consistency_table,
+    dependency_table,
+    nli_table,
+    similarity_table,
+    usage_table,
+)
 from .further_tables import FURTHER_TABLES
 from .page import Section, answer_of, render_page
 from .plots import plot_agreement, plot_coverage, plot_learning, plot_recall, plot_timeline
@@ -23,7 +32,6 @@ from .tables import (
     heads_table,
     health_table,
     mixes_table,
-    nli_table,
     recall_table,
     rollback_table,
     settings_table,
@@ -65,6 +73,7 @@ def write_report(evaluation: Mapping[str, Any], training: Mapping[str, Any] | No
         "recall": plot_recall(evaluation, plots / "recall.png"),
         "agreement": plot_agreement(evaluation, plots / "agreement.png"),
         "coverage": plot_coverage(evaluation, plots / "coverage.png"),
+        "dependency": plot_dependency(evaluation, plots / "dependency.png"),
         "learning": plot_learning(training, plots / "learning.png"),
     }
     examples = list(evaluation.get("examples") or [])[:MAX_ANSWERS]
@@ -134,8 +143,10 @@ def sections_of(evaluation: Mapping[str, Any], figures: Mapping[str, Path | None
         ("Bars", (bars_table,), ()),
         ("Sibling-fact recall", (recall_table, timing_table), ("recall",)),
         ("Coverage and agreement", (heads_table, calibration_table), ("agreement", "coverage")),
-        ("Rollback", (rollback_table, nli_table), ()),
+        ("Rollback", (rollback_table,), ()),
+        ("Whole answers", (nli_table, consistency_table, similarity_table), ()),
         ("Bounds and factors of decoding", FURTHER_TABLES, ()),
+        ("Notes", (dependency_table, usage_table), ("dependency",)),
         ("Notes, sections given", (health_table, mixes_table), ()),
         ("Text and plan", (text_table,), ()),
         ("Speed", (speed_table,), ()),
@@ -226,7 +237,7 @@ def markdown_of(evaluation: Mapping[str, Any], figures: Sequence[Path], folder: 
         folder (`Path`): Where the file will lie.
     """
     blocks = [f"# {TITLE}\n", *(line + "\n" for line in summary_of(evaluation))]
-    further = [table for table in (maker(evaluation) for maker in FURTHER_TABLES) if table.rows]
+    further = [table for maker in (*ANSWER_TABLES, *FURTHER_TABLES) if (table := maker(evaluation)).rows]
     blocks += [to_markdown(table) for table in (*all_tables(evaluation), *further)]
     blocks += [f"![{path.stem.replace('_', ' ')}]({path.relative_to(folder).as_posix()})\n" for path in figures]
     commands = commands_of(evaluation)

@@ -11,7 +11,8 @@ from typing import Any
 from modeling_pdt import PDTForParallelDecoding
 
 from ..telemetry import fingerprint, read_json, write_json
-from . import further, heads, oracle
+from . import answers, further, given_text, heads, oracle
+from .note_usage import note_usage
 from .suite import Evaluation
 
 logger = logging.getLogger(__name__)
@@ -22,11 +23,15 @@ SECTIONS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "coverage": heads.coverage,
     "agreement": heads.agreement,
     "rollback": Evaluation.rollback,
-    "nli": Evaluation.nli,
+    "nli": answers.nli,
     "teacher_forced": Evaluation.teacher_forced,
-    "text": Evaluation.text,
+    "text": given_text.text,
     "speed": Evaluation.speed,
     "examples": Evaluation.examples,
+    "consistency": answers.consistency,
+    "similarity": answers.similarity,
+    "dependency": given_text.dependency,
+    "note_usage": note_usage,
     "heldout_values": further.heldout_values,
     "note_text": further.note_text,
     "two_hop": further.two_hop,
@@ -35,11 +40,11 @@ SECTIONS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
 }
 """What measures each section."""
 
-KEYS = {"text": "text_ce"}
+KEYS = {"text": "text_ce", "dependency": "dependency_ce"}
 NAMED = ("recall", "nli", "rollback_controls")
 """Sections that name their keys themselves."""
 
-WITHOUT_EFFECT = ("model", "output_folder", "threads", "workers", "training_report", "sections", "resume")
+WITHOUT_EFFECT = ("model", "output_folder", "threads", "workers", "training_report", "suite", "sections", "resume")
 """Arguments that change no figure of a section, where the adapters are the same."""
 
 SECTIONS_FOLDER, DOCUMENTS_FILE = "sections", "documents.json"

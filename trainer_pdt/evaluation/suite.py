@@ -1,7 +1,7 @@
 """The whole evaluation of one trained model on held-out worlds, section by section of `evaluation.json`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,20 +11,18 @@ from transformers import PreTrainedTokenizerBase
 from modeling_pdt import PDTForParallelDecoding
 from modeling_pdt.interventions import RandomGate
 
-from ..branches import build_rollout, build_targets
 from ..calibration import Judgements, assess, calibrate
 from ..collator import PDTDataCollator
-from ..data.counting import DocumentCounts, bootstrap_rate, matching_chance, reference_rate
+from ..data.counting import DocumentCounts, matching_chance, reference_rate
 from ..data.schema import Document
 from ..evaluation_pass import BUS_MIXES, TeacherForcedMetrics
 from ..features import FeatureMaker, collect_values
-from ..losses import supervised_positions
 from ..nli import load_nli_scorer
 from . import blocks as block_scores
 from .arguments import EvaluationArguments
 from .bars import CHANCE_MODES
 from .benchmark import overhead_vs_shared_prefill, parallel_vs_single
-from .consistency import NLI_MARGIN, judged_answers, nli_measures
+from .consistency import ANSWER_MODES, check_control, standard_control
 from .documents import held_out_documents
 from .examples import describe_answer
 from .modes import (
@@ -55,6 +53,12 @@ logger = logging.getLogger(__name__)
 VALUE_DOCUMENTS = 1000
 """Training documents of each kind from which values for contradictions are collected."""
 
+RECALL_MODES = (*PARALLEL_MODES, "independent", "sequential", "full_text")
+"""Modes of decoding whose references are counted."""
+
+OTHER_DRAWS = 1000
+"""What is added to the seed where other draws are wanted; a section of a document takes the next one."""
+
 CHANCE_DOCUMENTS = 2000
 """Training documents of each kind on which chance is measured."""
 
@@ -73,6 +77,8 @@ class Evaluation:
     ) -> None:
         self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
         self.nli_scorer = None if arguments.nli_scorer is None else load_nli_scorer(arguments.nli_scorer)
+        if self.nli_scorer is not None:
+            check_control(self.nli_scorer, standard_control())
         self.lag, self.capacity = model.config.bus_lag, model.config.bus_capacity
         core, hard, factor = arguments.core_documents, arguments.hard_documents, arguments.control_factor
         self.documents = held_out_documents("test", core, hard)
@@ -92,13 +98,41 @@ class Evaluation:
         self._calibration: dict[str, Any] | None = None
 
     def write(self, mode: str, **options: Any) -> Written:
-        """Documents of a parallel mode with the commit gate off, written once."""
+        """
+        What a mode writes for its documents, written once.
+
+        Args:
+            mode (`str`): One of [`PARALLEL_MODES`], `"pdt_gate"`, `"independent"`, `"sequential"`,
+                `"sequential_again"` or `"full_text"`; another name is parallel decoding with `options`. The commit
+                gate is on in `"pdt_gate"` only.
+            options: Further arguments of what writes it.
+        """
         if mode not in self.written:
             documents = self.control_documents if mode in CHANCE_MODES else self.documents
             logger.info("writing %d documents: %s", len(documents), mode)
-            options = {"agreement_threshold": None, **options}
-            self.keep(mode, self.writers(write_parallel, documents, **self.common(), **options), documents)
+            write, own = self._way(mode)
+            self.written[mode] = self.writers(write, documents, **{**self.common(), **own, **options})
+            self.counts[mode] = count_written(documents, self.written[mode].texts, self.lag, self.capacity)
         return self.written[mode]
+
+    def _way(self, mode: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """What writes a mode, and the options that make it one."""
+        threshold = self.model.generation_config.agreement_threshold if mode == "pdt_gate" else None
+        parallel: dict[str, Any] = {"agreement_threshold": threshold}
+        if mode in PARALLEL_MODES:
+            parallel["interventions"] = PARALLEL_MODES[mode]()
+        ways: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+            "independent": (write_parallel, {**parallel, "trunk_only": True}),
+            "sequential": (write_sequential, {}),
+            "sequential_again": (write_sequential, {"seed": self.arguments.eval_seed + OTHER_DRAWS}),
+            "full_text": (write_full_text, {"block_size": self.model.config.block_size}),
+        }
+        return ways.get(mode, (write_parallel, parallel))
+
+    def comparable_modes(self) -> list[str]:
+        """Those of [`ANSWER_MODES`] that can be written: without a threshold there is no commit gate."""
+        gated = self.model.generation_config.agreement_threshold is not None
+        return [mode for mode in ANSWER_MODES if gated or mode != "pdt_gate"]
 
     def calibration(self) -> dict[str, Any]:
         """
@@ -148,22 +182,12 @@ class Evaluation:
         """Options of every way of writing."""
         return {"batch_size": self.arguments.decode_batch, "seed": self.arguments.eval_seed}
 
-    def keep(self, mode: str, written: Written, documents: Sequence[Document]) -> None:
-        """Keeps what a mode wrote, and its counts."""
-        self.written[mode] = written
-        self.counts[mode] = count_written(documents, written.texts, self.lag, self.capacity)
-
     def recall(self) -> dict[str, Any]:
         """Sections `sibling_fact_recall`, `reference_classes`, `references_emitted`, `chance` and `plan`."""
-        for mode, make in PARALLEL_MODES.items():
-            self.write(mode, interventions=make())
-        self.write("independent", trunk_only=True)
-        logger.info("writing sequentially, and with full text shared")
-        self.keep("sequential", self.writers(write_sequential, self.documents, **self.common()), self.documents)
-        block_size = self.model.config.block_size
-        shared = self.writers(write_full_text, self.documents, block_size=block_size, **self.common())
-        self.keep("full_text", shared, self.documents)
-        recall = {mode: rate_dict(reference_rate(counts)) for mode, counts in self.counts.items()}
+        for mode in RECALL_MODES:
+            self.write(mode)
+        counts = {mode: self.counts[mode] for mode in RECALL_MODES}
+        recall = {mode: rate_dict(reference_rate(found)) for mode, found in counts.items()}
         for mode in ("pdt", "sequential", "full_text"):
             for kind in ("core", "hard"):
                 recall[f"{mode}_{kind}"] = rate_dict(
@@ -175,8 +199,8 @@ class Evaluation:
         sequential = max(1e-9, self._references("sequential"))
         return {
             "sibling_fact_recall": recall,
-            "reference_classes": {mode: reference_classes(counts) for mode, counts in self.counts.items()},
-            "references_emitted": {mode: self._references(mode) / sequential for mode in self.counts},
+            "reference_classes": {mode: reference_classes(found) for mode, found in counts.items()},
+            "references_emitted": {mode: self._references(mode) / sequential for mode in counts},
             "chance": {
                 "overall": sum(chance.get(cue, 0.0) for cue in feasible) / max(1, len(feasible)),
                 "by_cue": chance,
@@ -206,23 +230,13 @@ class Evaluation:
         """Section `rollback`: the calibrated gate, beside no gate, stale notes, and blocks chosen at random."""
         threshold = self.model.generation_config.agreement_threshold
         self.write("pdt")
-        self.write("pdt_gate", agreement_threshold=threshold)
+        self.write("pdt_gate")
         self.write("pdt_gate_stale", agreement_threshold=threshold, retry_policy="stale")
         rolled = rollback_counts(self.counts["pdt_gate"], self.written["pdt_gate"].events)
         chance = RandomGate(rolled["blocks_rolled"] / max(1, rolled["blocks"]), self.arguments.eval_seed)
         self.write("pdt_gate_random", agreement_threshold=0.5, interventions=[chance])
         names = {"none": "pdt", "head": "pdt_gate", "head_stale": "pdt_gate_stale", "random": "pdt_gate_random"}
         return {name: rollback_counts(self.counts[mode], self.written[mode].events) for name, mode in names.items()}
-
-    def nli(self) -> dict[str, Any]:
-        """Section `nli_violation`, or nothing without a scorer: [`nli_measures`] of [`judged_answers`]."""
-        if self.nli_scorer is None:
-            return {}
-        texts = {mode: written.texts for mode, written in self.written.items()}
-        answers = judged_answers(texts, self.documents, self.features)
-        logger.info("judging contradictions between sections: %s", ", ".join(answers))
-        measures = {name: nli_measures(self.nli_scorer, sections) for name, sections in answers.items()}
-        return {"nli_violation": {"scorer": self.arguments.nli_scorer, "margin": NLI_MARGIN, **measures}}
 
     def teacher_forced(self) -> dict[str, float]:
         """Section `teacher_forced`: the measures of `docs/metrics.md` with 0, 35 and 100 % true notes on the bus."""
@@ -235,46 +249,6 @@ class Evaluation:
         for batch in batches(documents, 16):
             metrics.add(collator([self.features(document) for document in batch]))
         return metrics.compute(lambda sums: sums)
-
-    @torch.no_grad()
-    def text(self) -> dict[str, Any]:
-        """Section `text_ce`: cross-entropy and divergence from the trunk on tokens that are no sibling facts."""
-        collator = PDTDataCollator.from_config(self.model.config, self.tokenizer)
-        sums: list[list[float]] = []
-        for batch in batches(self.documents, 16):
-            inputs = collator([self.features(document) for document in batch])
-            rollout = build_rollout(inputs, self.model.config)
-            wanted = supervised_positions(inputs["labels"])
-            out = self.model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                position_ids=inputs["position_ids"],
-                stream_ids=inputs["stream_ids"],
-                rollout=rollout,
-                logits_mask=wanted,
-            )
-            targets = build_targets(inputs, rollout, 1.0)
-            other = ~targets.sibling_M
-            log_pdt = out.logits.log_softmax(-1)[other]
-            log_trunk = self.model(tap=out.tap, logits_mask=wanted).logits.log_softmax(-1)[other]
-            tokens = targets.tokens_M[other, None]
-            values = (
-                *(-log.gather(1, tokens).squeeze(1) for log in (log_pdt, log_trunk)),
-                (log_trunk.exp() * (log_trunk - log_pdt)).sum(-1),
-                torch.ones(len(tokens)),
-            )
-            document_M = wanted.nonzero()[:, 0][other] // rollout.num_streams
-            blank = torch.zeros(len(batch), dtype=torch.float64)
-            sums += torch.stack([blank.index_add(0, document_M, v.double()) for v in values], dim=1).tolist()
-        pdt, trunk, divergence, count = (sum(column) for column in zip(*sums, strict=True))
-        return {
-            "pdt": pdt / count,
-            "trunk": trunk / count,
-            "kl": divergence / count,
-            "divergence": rate_dict(bootstrap_rate((kl, int(tokens)) for *_, kl, tokens in sums)),
-            "excess": rate_dict(bootstrap_rate((mine - its, int(tokens)) for mine, its, _, tokens in sums)),
-            "tokens": int(count),
-        }
 
     def speed(self) -> dict[str, Any]:
         """

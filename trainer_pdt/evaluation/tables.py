@@ -47,14 +47,6 @@ FLAGS: dict[str, str] = {
 }
 """What decides on a rollback."""
 
-JUDGED: dict[str, str] = {
-    **MODES,
-    "pdt_gate": "PDT, notes on, rollback",
-    "given": "held-out documents themselves (control)",
-    "planted": "the same with planted contradictions (control)",
-}
-"""Whose sections an NLI scorer judges."""
-
 
 @dataclass(frozen=True)
 class Table:
@@ -141,6 +133,7 @@ def heads_table(evaluation: Mapping[str, Any]) -> Table:
         [
             ("coverage precision", coverage.get("precision")),
             ("coverage recall", coverage.get("recall")),
+            ("coverage F1", coverage.get("f1")),
             ("coverage, area under precision-recall", coverage.get("average_precision")),
             ("coverage precision, plan wordings never trained", wordings.get("precision")),
             ("coverage recall, plan wordings never trained", wordings.get("recall")),
@@ -241,19 +234,6 @@ def rollback_table(evaluation: Mapping[str, Any]) -> Table:
     return Table("Rollback", columns, rows, note)
 
 
-def nli_table(evaluation: Mapping[str, Any]) -> Table:
-    """Contradictions between the sections of an answer, as an NLI scorer sees them."""
-    found, rows = part(evaluation, "nli_violation"), []
-    for name, label in JUDGED.items():
-        pairs = measure(part(found, name).get("contradicting"))
-        if pairs is not None:
-            cells = [show(part(found, name).get(key)) for key in ("contradicting", "violation")]
-            rows.append([label, *cells, "" if pairs.n is None else str(pairs.n)])
-    columns = ("sections", "share of pairs that contradict", "mean violation", "pairs")
-    note = f"Scorer: {scalar(found.get('scorer'))}. Every two sections of an answer, in both orders." if rows else ""
-    return Table("Contradictions between sections", columns, rows, note)
-
-
 def text_table(evaluation: Mapping[str, Any]) -> Table:
     """What the adapters cost elsewhere, and whether the sections follow their plan."""
     text, plan = part(evaluation, "text_ce"), part(evaluation, "plan")
@@ -310,7 +290,7 @@ def cue_table(evaluation: Mapping[str, Any]) -> Table:
 def all_tables(evaluation: Mapping[str, Any]) -> list[Table]:
     """Every table of an evaluation that has rows, in order."""
     makers = (
-        *(bars_table, recall_table, timing_table, heads_table, calibration_table, rollback_table, nli_table),
+        *(bars_table, recall_table, timing_table, heads_table, calibration_table, rollback_table),
         *(health_table, mixes_table, text_table, speed_table, settings_table, cue_table),
     )
     return [table for table in (maker(evaluation) for maker in makers) if table.rows]

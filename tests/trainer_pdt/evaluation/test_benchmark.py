@@ -17,6 +17,7 @@ from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.benchmark import overhead_vs_shared_prefill, parallel_vs_single, ratio_summary, timed
 from trainer_pdt.evaluation.documents import held_out_documents
+from trainer_pdt.evaluation.given_text import text
 from trainer_pdt.evaluation.heads import agreement, coverage, flagged, thinned
 from trainer_pdt.evaluation.modes import PARALLEL_MODES
 from trainer_pdt.evaluation.suite import Evaluation
@@ -169,14 +170,15 @@ def test_a_mode_is_written_once_with_the_gate_off(evaluation, short):
     assert evaluation.write("pdt") is written
     assert len(short) == calls
     assert [len(written.texts), len(evaluation.counts["pdt"])] == [23, 23]
-    evaluation.write("pdt_gate", agreement_threshold=0.3)
+    evaluation.model.generation_config.agreement_threshold = 0.3
+    evaluation.write("pdt_gate")
     assert short[-1]["agreement_threshold"] == 0.3
 
 
 def test_controls_with_a_bar_on_an_intervals_end_get_more_documents(evaluation, short):
     assert evaluation.arguments.control_factor == 2
     for mode, documents in (("zero_notes", 46), ("self_only", 23)):
-        evaluation.write(mode, interventions=PARALLEL_MODES[mode]())
+        evaluation.write(mode)
         assert len(evaluation.counts[mode]) == len(evaluation.written[mode].texts) == documents
 
 
@@ -190,7 +192,7 @@ def test_every_section_of_an_untrained_model_is_plain_json(evaluation, short):
     assert set(PARALLEL_MODES) | {"independent", "sequential", "full_text", "swapped_own"} <= set(recall)
     assert any(CUES[cue].value_type == "year" for cue in report["chance"]["by_cue"])
     report["coverage"] = coverage(evaluation)
-    report["text_ce"] = evaluation.text()
+    report["text_ce"] = text(evaluation)
     report["teacher_forced"] = evaluation.teacher_forced()
     assert {"mask_ablation", "kd_ce_ratio_mix_0.35", "coverage_recall"} <= report["teacher_forced"].keys()
     assert report["text_ce"]["kl"] >= 0 and report["text_ce"]["tokens"] > 0
@@ -256,10 +258,10 @@ def test_an_earlier_calibration_is_taken_over(evaluation):
 
 def test_text_is_counted_by_document(evaluation):
     evaluation.documents = evaluation.documents[:3]
-    whole = evaluation.text()
+    whole = text(evaluation)
     assert whole["divergence"]["n"] == whole["tokens"] and whole["kl"] == pytest.approx(whole["divergence"]["mean"])
     assert whole["excess"]["mean"] == pytest.approx(whole["pdt"] - whole["trunk"], abs=1e-6)
     evaluation.documents = evaluation.documents[1:2]
-    alone = evaluation.text()
+    alone = text(evaluation)
     for name in ("divergence", "excess"):
         assert alone[name]["clusters"][0] == pytest.approx(whole[name]["clusters"][1], abs=1e-3)

@@ -7,10 +7,11 @@ import torch
 
 from trainer_pdt.data.counting import StreamText
 from trainer_pdt.data.schema import Document
+from trainer_pdt.evaluation.answer_tables import nli_table
+from trainer_pdt.evaluation.answers import nli
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.consistency import judged_answers, nli_measures, sibling_pairs
-from trainer_pdt.evaluation.suite import Evaluation, held_out_documents
-from trainer_pdt.evaluation.tables import nli_table
+from trainer_pdt.evaluation.documents import held_out_documents
 from trainer_pdt.features import collect_values
 from trainer_pdt.nli import score_worlds
 
@@ -73,11 +74,11 @@ def test_the_scorer_sees_what_was_planted_and_nothing_else(documents, features):
 
 def section(scorer, documents, features):
     arguments = EvaluationArguments(nli_scorer="worlds")
-    written = {"pdt": SimpleNamespace(texts=texts_of(documents[:2])), "zero_notes": SimpleNamespace(texts=[])}
-    stub = SimpleNamespace(
-        nli_scorer=scorer, arguments=arguments, written=written, documents=documents, features=features
-    )
-    return Evaluation.nli(stub)
+    stub = SimpleNamespace(nli_scorer=scorer, arguments=arguments, documents=documents, features=features)
+    stub.calibration = dict
+    stub.comparable_modes = lambda: ["pdt"]
+    stub.write = lambda mode: SimpleNamespace(texts=texts_of(documents[:2]))
+    return nli(stub)
 
 
 def test_section_of_an_evaluation(documents, features):

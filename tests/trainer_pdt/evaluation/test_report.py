@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from trainer_pdt.evaluation import plots, tables, values
+from trainer_pdt.evaluation.answer_tables import ANSWER_TABLES
 from trainer_pdt.evaluation.page import pieces_of
 from trainer_pdt.evaluation.report import (
     RESULTS_END,
@@ -103,6 +104,14 @@ def full_evaluation():
             for flag in tables.FLAGS
         },
         "text_ce": {"pdt": 0.481, "trunk": 0.472, "kl": 0.012},
+        "nli_violation": {"scorer": "worlds", "pdt": {"violation": rate(0.1), "contradicting": rate(0.2)}},
+        "consistency": {"pdt": {"redundancy": rate(0.1), "attribute_consistency": rate(0.9)}},
+        "similarity": {"pdt": {"rouge_l": rate(0.4), "tf_idf_cosine": rate(0.5), "words_more": rate(0.1)}},
+        "dependency_ce": {
+            **{"dependency": {"notes": rate(0.2), "no_notes": rate(1.8)}, "dependency_gain": {"no_notes": rate(1.6)}},
+            **{"non_dependency": {"notes": rate(0.4)}, "non_dependency_gain": {"no_notes": rate(0.0)}},
+        },
+        "note_usage": {"gate": rate(0.5), "notes": rate(0.4), "source": rate(0.6), "source_even": rate(0.2)},
         "plan": {"owned_stated": rate(0.9), "mentions_on_plan": rate(0.92), "valid_values": rate(0.99)},
         "speed": {
             "parallel_vs_single": {
@@ -145,7 +154,7 @@ def test_page_is_self_contained_and_complete(page):
     text = page.read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text)
     images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", text)
-    assert len(images) == 5
+    assert len(images) == 6
     assert all(base64.b64decode(image).startswith(PNG) for image in images)
     for words in (
         "It met 1 of 2 bars; the others are marked",
@@ -156,7 +165,7 @@ def test_page_is_self_contained_and_complete(page):
     assert 'class="met">met<' in text and 'class="missed">missed<' in text
     assert "<del" in text and " wrong words</del>" in text
     assert {path.name for path in page.with_name("plots").iterdir()} == {
-        *("recall.png", "agreement.png", "coverage.png", "learning.png", "timeline_2.png"),
+        *("recall.png", "agreement.png", "coverage.png", "dependency.png", "learning.png", "timeline_2.png"),
     }
 
 
@@ -201,7 +210,12 @@ def drop_each(data, path=()):
 def test_missing_numbers_leave_their_row_out(missing):
     evaluation = full_evaluation()
     evaluation.pop("examples"), evaluation.pop("bars")
-    whole = {table.title: len(table.rows) for table in tables.all_tables(evaluation)}
+
+    def every(evaluation):
+        return [*tables.all_tables(evaluation), *(maker(evaluation) for maker in ANSWER_TABLES)]
+
+    whole = {table.title: len(table.rows) for table in every(evaluation)}
+    assert all(whole.values())
     for path in list(drop_each(evaluation)):
         damaged = copy.deepcopy(evaluation)
         owner = damaged
@@ -210,7 +224,7 @@ def test_missing_numbers_leave_their_row_out(missing):
         owner[path[-1]] = {"null": None, "nan": math.nan}.get(missing)
         if missing == "dropped":
             del owner[path[-1]]
-        for table in tables.all_tables(damaged):
+        for table in every(damaged):
             assert len(table.rows) <= whole[table.title]
             cells = [cell for row in table.rows for cell in row]
             assert not any(re.search(r"\bnan\b|None", cell) for cell in cells)

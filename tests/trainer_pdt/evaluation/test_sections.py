@@ -11,7 +11,12 @@ from modeling_pdt.sampling import keyed_uniform
 from trainer_pdt.data.counting import StreamText
 from trainer_pdt.data.worlds import generate_documents
 from trainer_pdt.evaluation import further, oracle, sections
-from trainer_pdt.evaluation.arguments import FURTHER_SECTIONS, STANDARD_SECTIONS, EvaluationArguments
+from trainer_pdt.evaluation.arguments import (
+    FURTHER_SECTIONS,
+    STANDARD_SECTIONS,
+    SUITES,
+    EvaluationArguments,
+)
 from trainer_pdt.evaluation.documents import two_hop_documents
 from trainer_pdt.evaluation.modes import Written
 from trainer_pdt.evaluation.oracle import ChosenBlocks, first_contradiction, write_oracle
@@ -60,8 +65,15 @@ def make_evaluation(tmp_path=None, **arguments):
 
 
 def test_every_section_has_a_name_and_a_measurement():
-    assert tuple(SECTIONS) == (*STANDARD_SECTIONS, *FURTHER_SECTIONS)
+    assert tuple(SECTIONS) == (*SUITES["full"], *FURTHER_SECTIONS)
     assert EvaluationArguments().sections == list(STANDARD_SECTIONS)
+
+
+def test_a_suite_chooses_the_sections():
+    full = EvaluationArguments(suite="full")
+    assert full.sections == list(SUITES["full"]) and set(STANDARD_SECTIONS) < set(full.sections)
+    assert full.nli_scorer == "worlds" and EvaluationArguments(suite="full", nli_scorer="a/b").nli_scorer == "a/b"
+    assert EvaluationArguments(sections=["nli"], nli_scorer="worlds", resume=True).sections == ["nli"]
 
 
 CURVES = {"sections": ["curves"], "section_documents": {"curves": 2}}
@@ -75,7 +87,8 @@ CURVES = {"sections": ["curves"], "section_documents": {"curves": 2}}
         ({"sections": ["two_hop"]}, r"a number of documents for each of \['two_hop'\]"),
         ({"section_documents": {"two_hop": 5}}, "none of the further ones"),
         ({"sections": ["two_hop"], "section_documents": {"two_hop": 1}}, "section_documents.two_hop=1"),
-        ({"resume": True, "nli_scorer": "worlds"}, "resume=True, allowed: False with nli_scorer"),
+        ({"suite": "ful"}, "did you mean 'full'"),
+        ({"suite": "full", "sections": ["recall"]}, "none with suite='full'"),
         ({"curves": {"bus_lag": [1]}}, "values with the section 'curves'"),
         (CURVES, "values with the section 'curves'"),
         ({**CURVES, "curves": {"lag": [1]}}, "did you mean 'bus_lag'"),

@@ -6,11 +6,10 @@ from typing import Any
 import datasets
 import evaluate
 
-from trainer_pdt.data.counting import bootstrap_rate
 from trainer_pdt.data.schema import Fact
-from trainer_pdt.evaluation.consistency import consistent_attributes
-from trainer_pdt.evaluation.scoring import rate_dict
+from trainer_pdt.evaluation.consistency import attribute_consistency
 from trainer_pdt.evaluation.sections import take_documents
+from trainer_pdt.metrics.declared import metric_info
 
 DESCRIPTION = "Share of the attributes that several sections state which all of them state alike."
 INPUTS = """
@@ -25,16 +24,13 @@ Returns:
 
 
 class AttributeConsistency(evaluate.Metric):
-    """`evaluate` module of `trainer_pdt.evaluation.consistency.consistent_attributes`."""
+    """`evaluate` module of `trainer_pdt.evaluation.consistency.attribute_consistency`."""
 
     def _info(self) -> evaluate.MetricInfo:
         fact = {name: datasets.Value("string") for name in ("subj_id", "predicate", "object")}
         features = {"predictions": datasets.List(datasets.List(fact))}
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation="", inputs_description=INPUTS, features=datasets.Features(features)
-        )
+        return metric_info(DESCRIPTION, INPUTS, **features)
 
     def _compute(self, predictions: Sequence[Sequence[Sequence[Mapping[str, str]]]]) -> dict[str, Any]:
         documents = [[[Fact(**fact, start=0, end=0) for fact in facts] for facts in one] for one in predictions]
-        rate = bootstrap_rate(consistent_attributes(sections) for sections in documents)
-        return take_documents({"attribute_consistency": rate_dict(rate)})[0]
+        return take_documents({"attribute_consistency": attribute_consistency(documents)})[0]

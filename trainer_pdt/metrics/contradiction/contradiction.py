@@ -6,11 +6,10 @@ from typing import Any
 import datasets
 import evaluate
 
-from trainer_pdt.evaluation.consistency import NLI_MARGIN, check_control, control_answers, nli_measures
-from trainer_pdt.evaluation.documents import held_out_documents
+from trainer_pdt.evaluation.consistency import NLI_MARGIN, check_control, nli_measures, standard_control
 from trainer_pdt.evaluation.sections import take_documents
-from trainer_pdt.features import collect_values
 from trainer_pdt.losses import NLIScorer
+from trainer_pdt.metrics.declared import metric_info
 from trainer_pdt.nli import load_nli_scorer
 
 DESCRIPTION = "Contradictions between sections by a three-class NLI model, with planted ones that it has to see."
@@ -32,7 +31,6 @@ Returns:
 Raises:
     `ValueError`: The scorer does not see what was planted: its `violation` there is not clearly above that of `given`.
 """
-CONTROL_DOCUMENTS, VALUE_DOCUMENTS = 24, 100
 
 
 class Contradiction(evaluate.Metric):
@@ -40,9 +38,7 @@ class Contradiction(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.List(datasets.Value("string"))}
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation="", inputs_description=INPUTS, features=datasets.Features(features)
-        )
+        return metric_info(DESCRIPTION, INPUTS, **features)
 
     def _compute(
         self,
@@ -53,8 +49,5 @@ class Contradiction(evaluate.Metric):
         **kwargs: Any,
     ) -> dict[str, Any]:
         judge = load_nli_scorer(scorer, **kwargs) if isinstance(scorer, str) else scorer
-        if control is None:
-            values = collect_values(held_out_documents("train", VALUE_DOCUMENTS, 0))
-            control = control_answers(held_out_documents("test", CONTROL_DOCUMENTS, 0), values)
-        seen = check_control(judge, control, margin)
+        seen = check_control(judge, standard_control() if control is None else control, margin)
         return take_documents({**nli_measures(judge, predictions, margin), "control": seen})[0]

@@ -6,10 +6,9 @@ from typing import Any
 import datasets
 import evaluate
 
-from trainer_pdt.data.counting import bootstrap_rate
-from trainer_pdt.decode_metrics import redundancies
-from trainer_pdt.evaluation.scoring import rate_dict
+from trainer_pdt.evaluation.consistency import section_redundancy
 from trainer_pdt.evaluation.sections import take_documents
+from trainer_pdt.metrics.declared import metric_info
 
 DESCRIPTION = "Mean relu(cosine - 0.7) of the TF-IDF vectors of every two sections of an answer."
 INPUTS = """
@@ -22,15 +21,11 @@ Returns:
 
 
 class Redundancy(evaluate.Metric):
-    """`evaluate` module of `trainer_pdt.decode_metrics.redundancies`."""
+    """`evaluate` module of `trainer_pdt.evaluation.consistency.section_redundancy`."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.List(datasets.Value("string"))}
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation="", inputs_description=INPUTS, features=datasets.Features(features)
-        )
+        return metric_info(DESCRIPTION, INPUTS, **features)
 
     def _compute(self, predictions: Sequence[Sequence[str]]) -> dict[str, Any]:
-        answers = [redundancies(sections) for sections in predictions]
-        rate = bootstrap_rate((sum(pairs), len(pairs)) for pairs in answers)
-        return take_documents({"redundancy": rate_dict(rate)})[0]
+        return take_documents({"redundancy": section_redundancy(predictions)})[0]

@@ -10,6 +10,7 @@ from trainer_pdt.data.counting import StreamText, reference_rate
 from trainer_pdt.data.publish import DOCUMENT_FEATURES, document_from_row
 from trainer_pdt.evaluation.scoring import count_written, plan_adherence, rate_dict, reference_classes
 from trainer_pdt.evaluation.sections import take_documents
+from trainer_pdt.metrics.declared import metric_info
 
 DESCRIPTION = "Share of repeated facts with the value that their owner stated in an earlier, visible round."
 INPUTS = """
@@ -33,9 +34,7 @@ class SiblingFactRecall(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         stream = {"text": datasets.Value("string"), "round_ends": datasets.List(datasets.Value("int32"))}
         features = {"predictions": datasets.List(stream), "references": dict(DOCUMENT_FEATURES)}
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation="", inputs_description=INPUTS, features=datasets.Features(features)
-        )
+        return metric_info(DESCRIPTION, INPUTS, **features)
 
     def _compute(
         self,

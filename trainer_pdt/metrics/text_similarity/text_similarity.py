@@ -6,10 +6,9 @@ from typing import Any
 import datasets
 import evaluate
 
-from trainer_pdt.data.counting import bootstrap_rate
-from trainer_pdt.decode_metrics import similarity
-from trainer_pdt.evaluation.scoring import rate_dict
+from trainer_pdt.evaluation.answers import answer_similarity
 from trainer_pdt.evaluation.sections import take_documents
+from trainer_pdt.metrics.declared import metric_info
 
 DESCRIPTION = "ROUGE-L, TF-IDF cosine and length of texts beside reference texts on the same prompts."
 INPUTS = """
@@ -25,18 +24,11 @@ Returns:
 
 
 class TextSimilarity(evaluate.Metric):
-    """`evaluate` module of `trainer_pdt.decode_metrics.similarity`."""
+    """`evaluate` module of `trainer_pdt.evaluation.answers.answer_similarity`."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation="", inputs_description=INPUTS, features=datasets.Features(features)
-        )
+        return metric_info(DESCRIPTION, INPUTS, **features)
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-        pairs = [similarity(*pair) for pair in zip(predictions, references, strict=True)]
-        names = ("rouge_l", "tf_idf_cosine", "words_more")
-        values = {name: [pair[name] for pair in pairs if pair[name] is not None] for name in names}
-        return take_documents(
-            {name: rate_dict(bootstrap_rate((v, 1) for v in found)) for name, found in values.items()}
-        )[0]
+        return take_documents(answer_similarity(predictions, references))[0]

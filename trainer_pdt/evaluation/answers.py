@@ -1,0 +1,89 @@
+"""Sections of an evaluation on whole answers: do the parts fit together, do they differ from sequential ones?"""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..data.counting import bootstrap_rate
+from ..decode_metrics import similarity as pair_similarity
+from .consistency import (
+    NLI_MARGIN,
+    attribute_consistency,
+    judged_answers,
+    nli_measures,
+    section_redundancy,
+    stated_facts,
+)
+from .scoring import rate_dict
+
+if TYPE_CHECKING:
+    from .suite import Evaluation
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_MODE = "sequential_again"
+"""Sequential decoding with other draws: with the same ones, answers of any mode are alike beyond their content."""
+
+SIMILARITIES = ("rouge_l", "tf_idf_cosine", "words_more")
+
+
+def answer_similarity(answers: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """
+    [`~trainer_pdt.decode_metrics.similarity`] of answers and references to the same prompts, means over prompts.
+
+    Args:
+        answers (`Sequence[str]`), references (`Sequence[str]`): One per prompt.
+
+    Returns:
+        `{mean, low, high, n}` by measure of [`SIMILARITIES`]; intervals resample prompts. A pair with an empty
+        reference has no `words_more`.
+    """
+    pairs = [pair_similarity(*pair) for pair in zip(answers, references, strict=True)]
+    values = {name: [pair[name] for pair in pairs if pair[name] is not None] for name in SIMILARITIES}
+    return {name: rate_dict(bootstrap_rate((value, 1) for value in found)) for name, found in values.items()}
+
+
+def _sections_by_mode(evaluation: "Evaluation") -> dict[str, list[list[str]]]:
+    """Sections of every answer by mode, the gated one only where a threshold could be set; and two controls."""
+    evaluation.calibration()
+    written = {mode: evaluation.write(mode).texts for mode in evaluation.comparable_modes()}
+    return judged_answers(written, evaluation.documents, evaluation.features)
+
+
+def nli(evaluation: "Evaluation") -> dict[str, Any]:
+    """Section `nli_violation`, or nothing without a scorer: [`nli_measures`] of the modes and two controls."""
+    if evaluation.nli_scorer is None:
+        return {}
+    answers = _sections_by_mode(evaluation)
+    logger.info("judging contradictions between sections: %s", ", ".join(answers))
+    measures = {name: nli_measures(evaluation.nli_scorer, sections) for name, sections in answers.items()}
+    return {"nli_violation": {"scorer": evaluation.arguments.nli_scorer, "margin": NLI_MARGIN, **measures}}
+
+
+def consistency(evaluation: "Evaluation") -> dict[str, Any]:
+    """Section `consistency`: `redundancy` of the sections of an answer, `attribute_consistency` of what they state."""
+    answers = _sections_by_mode(evaluation)
+    return {
+        name: {
+            "redundancy": section_redundancy(every),
+            "attribute_consistency": attribute_consistency(
+                [stated_facts(text) for text in sections] for sections in every
+            ),
+        }
+        for name, every in answers.items()
+    }
+
+
+def similarity(evaluation: "Evaluation") -> dict[str, Any]:
+    """
+    Section `similarity`: [`answer_similarity`] of answers of each mode to those of [`REFERENCE_MODE`].
+
+    That of sequential decoding itself is the control: as alike as answers are that differ by their draws alone.
+    """
+    evaluation.calibration()
+    references = _merged(evaluation, REFERENCE_MODE)
+    return {mode: answer_similarity(_merged(evaluation, mode), references) for mode in evaluation.comparable_modes()}
+
+
+def _merged(evaluation: "Evaluation", mode: str) -> list[str]:
+    return ["\n".join(text.text for text in texts) for texts in evaluation.write(mode).texts]

@@ -1,0 +1,5 @@
+"""The `evaluate` module `dependency_ce`."""
+
+from .dependency_ce import DependencyCE
+
+__all__ = ["DependencyCE"]
