@@ -1,5 +1,7 @@
 """Small builds of the dataset pipeline that its tests share; nothing is downloaded."""
 
+import os
+import signal
 import threading
 import time
 from dataclasses import fields
@@ -29,6 +31,25 @@ def make_builder(folder: Path, **options: Any) -> DatasetBuilder:
     values = {**WORLDS, "output_dir": str(folder), **options}
     parts = [kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in OPTIONS]
     return DatasetBuilder(*parts, card_template=template_path("dataset_card.md"))
+
+
+def build(folder: Path) -> None:
+    """Builds, in a child process for example."""
+    make_builder(folder).run()
+
+
+def build_and_die(folder: Path, writes: int) -> None:
+    """Builds, and is killed at the moment when a number of files were to be renamed."""
+    rename, left = os.rename, [writes]
+
+    def counted(*paths: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+
+    os.rename = counted  # type: ignore[assignment]
+    build(folder)
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:

@@ -2,19 +2,17 @@
 
 import json
 import math
-import multiprocessing
-import os
 import random
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset, load_from_disk
 
-from tests.data_builds import STAGES, all_bytes, file_numbers, make_builder
+from tests.child_process import exit_code, start_child, wait_until
+from tests.data_builds import STAGES, all_bytes, build, build_and_die, file_numbers, make_builder
 from tests.test_recipes import run_training
 from tests.tiny_training import tokenizer
 from trainer_pdt import FeatureMaker
@@ -22,6 +20,7 @@ from trainer_pdt.arguments import DataArguments
 from trainer_pdt.data import export, storage
 from trainer_pdt.data.augmentation import other_orders
 from trainer_pdt.data.notes import readiness
+from trainer_pdt.data.pipeline import LOCK_FILE
 from trainer_pdt.data.publish import DOCUMENT_FEATURES, document_from_row, load_published
 from trainer_pdt.data.storage import read_json, read_rejects, read_shard
 from trainer_pdt.data.worlds import WorldOptions, generate_document
@@ -133,31 +132,10 @@ def test_fewer_documents_leave_no_old_shards(copy, tmp_path):
     assert all_bytes(copy) == all_bytes(tmp_path / "new")
 
 
-def run_and_die(folder, writes):
-    """Builds, and is killed at the moment when a number of files were to be renamed."""
-    rename, left = os.rename, [writes]
-
-    def counted(*paths):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*paths)
-
-    os.rename = counted
-    make_builder(folder).run()
-
-
-def build_in_child(target, *arguments):
-    child = multiprocessing.get_context("fork").Process(target=target, args=arguments)
-    child.start()
-    child.join()
-    return child.exitcode
-
-
 def test_killed_twice_it_gives_the_same_bytes(built, tmp_path):
     folder = tmp_path / "killed"
     for writes in (4, 3):
-        assert build_in_child(run_and_die, folder, writes) == -signal.SIGKILL
+        assert exit_code(start_child(build_and_die, folder, writes)) == -signal.SIGKILL
     assert len(list(folder.glob("*/shard-*"))) == 7
     make_builder(folder).run()
     assert all_bytes(folder) == all_bytes(built)
@@ -168,12 +146,11 @@ def test_killed_at_any_time_it_gives_the_same_bytes(built, tmp_path):
     rng, kills = random.Random(0), 0
     while kills < 20:
         folder = tmp_path / f"killed{kills}"
-        child = multiprocessing.get_context("fork").Process(target=lambda: make_builder(folder).run())  # noqa: B023
-        child.start()
-        time.sleep(rng.uniform(0.1, 4))
+        child = start_child(build, folder)
+        wait_until(lambda: (folder / LOCK_FILE).exists() or not child.is_alive())  # noqa: B023
+        child.join(rng.uniform(0.0, 4.0))
         child.kill()
-        child.join()
-        kills += child.exitcode == -signal.SIGKILL
+        kills += exit_code(child) == -signal.SIGKILL
         make_builder(folder).run()
         assert all_bytes(folder) == all_bytes(built)
 
