@@ -62,7 +62,11 @@ def make_notes(text: str) -> dict[str, Any]:
 
 
 class ToyHandler(BaseHTTPRequestHandler):
-    """Answers after the server's latency."""
+    """Answers after the server's latency; keeps connections open, as servers of models do."""
+
+    protocol_version = "HTTP/1.1"
+    # A response is one packet: a second one would wait for the client to acknowledge the first.
+    wbufsize = -1
 
     def log_message(self, *arguments: Any) -> None:
         """Nothing on the terminal."""

@@ -87,8 +87,8 @@ class ChatTeacher(ChatOptions):
 
     @property
     def concurrency(self) -> int:
-        """Documents in flight; never 1, so that one process makes all requests and keeps their limits."""
-        return max(2, self.max_concurrency)
+        """Documents in hand: twice the requests in flight, so that reading an answer leaves no place empty."""
+        return 2 * self.max_concurrency
 
     def fingerprint(self, stage: TeacherStage) -> Mapping[str, Any]:
         """What changes an answer; neither limits nor the place of the server."""

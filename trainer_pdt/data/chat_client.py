@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -215,21 +216,25 @@ class ChatClient:
     ) -> Answer:
         """One request, entered before and settled after; raises `_Failure`."""
         most = self._most(request, max_tokens, problem)
-        number = self._reserve(request, most)
         outcome, usage, text = "stopped", most, None
-        try:
-            text, usage = self._send(request, max_tokens, problem, most)
-            answer = read(text)
-            outcome = FINISHED
-            return answer
-        except _Failure as failure:
-            outcome, usage = failure.reason, failure.usage
-            raise
-        except InvalidAnswer as invalid:
-            outcome = invalid.reason
-            raise _Failure(invalid.reason, invalid.detail, usage, is_answer=True) from invalid
-        finally:
-            self._settle(number, outcome, usage, text if outcome == FINISHED else None)
+        with ExitStack() as place:
+            place.enter_context(self._places)
+            number = self._reserve(request, most)
+            try:
+                text, usage = self._send(request, max_tokens, problem, most)
+                # The next request goes out while this one's answer is read.
+                place.close()
+                answer = read(text)
+                outcome = FINISHED
+                return answer
+            except _Failure as failure:
+                outcome, usage = failure.reason, failure.usage
+                raise
+            except InvalidAnswer as invalid:
+                outcome = invalid.reason
+                raise _Failure(invalid.reason, invalid.detail, usage, is_answer=True) from invalid
+            finally:
+                self._settle(number, outcome, usage, text if outcome == FINISHED else None)
 
     def _most(self, request: ChatRequest, max_tokens: int, problem: str | None) -> Usage:
         size = request.bytes() + len((problem or "").encode())
@@ -273,15 +278,14 @@ class ChatClient:
         if problem is not None:
             messages.append({"role": "user", "content": CORRECTION.format(problem=problem)})
         try:
-            with self._places:
-                output = self._client.chat_completion(
-                    messages,
-                    model=request.model,
-                    max_tokens=max_tokens,
-                    temperature=request.temperature,
-                    seed=request.seed,
-                    response_format=response_format(request.schema),  # type: ignore[arg-type]
-                )
+            output = self._client.chat_completion(
+                messages,
+                model=request.model,
+                max_tokens=max_tokens,
+                temperature=request.temperature,
+                seed=request.seed,
+                response_format=response_format(request.schema),  # type: ignore[arg-type]
+            )
         except InferenceTimeoutError as error:
             raise _Failure("timed_out", f"no answer in {self.options.timeout_s} s", most) from error
         except HfHubHTTPError as error:

@@ -4,11 +4,11 @@ import pickle
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 
 from tests.chat_server import KINDS, chat_server, toy_document
+from tests.child_process import exit_code, start_child, wait_until
 from trainer_pdt.data.chat import ChatTeacher
 from trainer_pdt.data.chat_answers import NotesAnswer, PlanAnswer, answer_schema
 from trainer_pdt.data.chat_client import BudgetExceeded, ServerUnavailable
@@ -20,7 +20,8 @@ PRICES = {"planner": (1.0, 2.0), "noter": (0.5, 1.0)}
 
 @pytest.fixture(autouse=True)
 def online(monkeypatch):
-    """Requests to the loopback are requests."""
+    """Requests to the loopback are requests, of child processes too."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
@@ -215,21 +216,33 @@ def kill_and_go_on(folder, documents, kills, latency):
         wanted = 0
         for _ in range(kills):
             wanted = sum(server.good.values()) + documents // (kills + 1)
-            child = get_context("fork").Process(target=teach, args=(make_teacher(server, folder), sources))
-            child.start()
-            while sum(server.good.values()) < wanted and child.is_alive():
-                time.sleep(0.005)
+            child = start_child(teach, make_teacher(server, folder), sources)
+            wait_until(lambda: sum(server.good.values()) >= wanted or not child.is_alive())  # noqa: B023
             child.kill()
-            child.join()
+            exit_code(child)
             time.sleep(2 * latency)
         stored = AnswerStore(folder / "answers.sqlite").outcomes()
         asked = sum(server.calls.values())
         results = teach(make_teacher(server, folder), sources)
-        assert stored["finished"] >= wanted - 4 * kills
+        assert stored["finished"] >= wanted - 8 * kills
         assert sum(server.calls.values()) - asked == 2 * documents - stored["finished"]
-        assert stored.get("in_flight", 0) <= 4 * kills
+        assert stored.get("in_flight", 0) <= 8 * kills
     with chat_server() as server:
         assert teach(make_teacher(server, folder / "quiet"), sources) == results
+
+
+def test_the_next_requests_are_sent_while_answers_are_read(tmp_path, monkeypatch):
+    read = ChatTeacher._read_plan
+    with chat_server() as server:
+
+        def slow(*arguments):
+            wait_until(lambda: sum(server.calls.values()) >= 4, 20.0)
+            return read(*arguments)
+
+        monkeypatch.setattr(ChatTeacher, "_read_plan", slow)
+        results = teach(make_teacher(server, tmp_path, max_concurrency=2), [toy_document(n) for n in range(4)])
+        assert server.most_active <= 2
+    assert not [result for result in results if isinstance(result, str)]
 
 
 def test_no_call_is_repeated_after_a_kill(tmp_path):
