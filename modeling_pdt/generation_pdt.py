@@ -15,6 +15,7 @@ from .bus import NotesBus, topology_matrix
 from .cache import RollbackCache, TwinCache
 from .cadence import Cadence
 from .callbacks import CallbackList, ParallelDecodingCallback
+from .decoding_kernels import grouped_eager_attention, head_logits
 from .gate import RetryPolicy, agreement_of, coverage_of, judge, own_coverage
 from .gate_scale import GateScale
 from .generation_events import DecodingEvents
@@ -87,7 +88,7 @@ class ParallelDecoder:
             settings.retention,
         )
         self.stalling = Stalling(self.streams, self.bus) if settings.commit_policy == "stall" else None
-        self.head = model.get_output_embeddings()
+        self.head = partial(head_logits, model.get_output_embeddings())
         self.retries = RetryPolicy(settings.max_retries, settings.retry_policy, settings.retry_temperature)
         self.gate_scale = GateScale(
             settings.gate_scale,
@@ -127,12 +128,13 @@ class ParallelDecoder:
         """Prefill, then one token for every live row per trunk call, until no row is live."""
         timings = self.trace.timings
         self.events.plan()
-        logits_RV = self._start()
-        timings.update(prefill_s=self.events.elapsed(), exchange_s=0.0)
-        self.events.tell("on_round_begin", self.streams.rows_R)
-        self._choose(self.streams.rows_R, logits_RV)
-        while self.streams.live_rows:
-            self._step()
+        with grouped_eager_attention(self.model.trunk):
+            logits_RV = self._start()
+            timings.update(prefill_s=self.events.elapsed(), exchange_s=0.0)
+            self.events.tell("on_round_begin", self.streams.rows_R)
+            self._choose(self.streams.rows_R, logits_RV)
+            while self.streams.live_rows:
+                self._step()
         timings["total_s"] = self.events.elapsed()
         self.events.tell("on_end")
         return collect_output(
