@@ -127,7 +127,8 @@ def paired(decodes: Sequence[Decode], others: Sequence[Decode], field_name: str)
 def speed(workload: DecodingWorkload, prefix: int) -> dict[str, Any]:
     """
     How much faster streams write than one stream that writes as many tokens, prefill included: the streams with plan,
-    notes, gate and withdrawn blocks, the one by `transformers.generate` of the bare trunk.
+    notes, gate and withdrawn blocks; the one by `transformers.generate` of the bare trunk, and by the loop of the
+    streams, which has their attention.
     """
     arguments = workload.arguments
     streams, tokens = arguments.streams, arguments.speed_blocks * arguments.block_size
@@ -137,16 +138,17 @@ def speed(workload: DecodingWorkload, prefix: int) -> dict[str, Any]:
         blocks = forced_blocks(streams, arguments.speed_blocks, arguments.retry_rate, seed)
         return workload.full(workload.prompts(1, prefix, seed), streams, tokens, blocks)
 
-    def single(index: int) -> Decode:
-        return workload.batched(workload.prompts(1, prefix, arguments.benchmark_seed + index), 1, streams * tokens)
+    def one(run: Callable[..., Decode], index: int) -> Decode:
+        return run(workload.prompts(1, prefix, arguments.benchmark_seed + index), 1, streams * tokens)
 
-    found = in_turn({"parallel": parallel, "single": single}, arguments.rounds, arguments.warmup)
+    calls = {"parallel": parallel, "single": partial(one, workload.batched), "loop": partial(one, workload.bus_off)}
+    found = in_turn(calls, arguments.rounds, arguments.warmup)
     return {
         "prefix": prefix,
         "tokens": streams * tokens,
         "speedup": paired(found["single"], found["parallel"], "total_s"),
-        "parallel_s": statistics.median(decode.total_s for decode in found["parallel"]),
-        "single_s": statistics.median(decode.total_s for decode in found["single"]),
+        "loop_speedup": paired(found["loop"], found["parallel"], "total_s"),
+        **{f"{side}_s": statistics.median(decode.total_s for decode in decodes) for side, decodes in found.items()},
         "calls": statistics.mean(decode.calls for decode in found["parallel"]),
         "retries": statistics.mean(decode.retries for decode in found["parallel"]),
     }
@@ -307,12 +309,17 @@ def trunk_tables(name: str, measured: Mapping[str, Any]) -> list[str]:
             f"| {side} | {one['first_s'] * 1e3:.1f} | {span(one['first_ratio'])} | {one['step_s'] * 1e3:.2f} "
             f"| {span(one['step_ratio'])} | {one['held_bytes'] / 2**20:.2f} |"
         )
-    lines += ["", "| prefix | tokens | streams, s | one stream, s | times faster | calls | withdrawn blocks |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| prefix | tokens | streams, s | one stream, s | times faster | by their loop, s | times faster | calls "
+        "| withdrawn blocks |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for one in measured["speed"]:
         lines.append(
             f"| {one['prefix']} | {one['tokens']} | {one['parallel_s']:.2f} | {one['single_s']:.2f} "
-            f"| {span(one['speedup'])} | {one['calls']:.1f} | {one['retries']:.1f} |"
+            f"| {span(one['speedup'])} | {one['loop_s']:.2f} | {span(one['loop_speedup'])} | {one['calls']:.1f} "
+            f"| {one['retries']:.1f} |"
         )
     lines += ["", "| prompts | streams | per step, ms | times the first | times its rows |", "|---|---|---|---|---|"]
     for one in measured["growth"]:

@@ -90,6 +90,8 @@ def test_the_speed_measure_withdraws_its_share_of_blocks_and_counts_the_calls(wr
     (one,) = written[0]["trunks"]["tiny-random"]["speed"]
     # 5 % of 3 * 4 blocks, at least one; that row needs one block more than its siblings.
     assert (one["retries"], one["calls"], one["tokens"]) == (1, (4 + 1) * 3, 3 * 4 * 3)
+    for side, speedup in (("single", "speedup"), ("loop", "loop_speedup")):
+        assert one[f"{side}_s"] > 0 and one[speedup]["n"] == 2
 
 
 def test_a_retry_costs_its_block_and_no_further_call(written):
