@@ -18,6 +18,9 @@ GROUPED = "pdt_grouped"
 FAMILIES = ("gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 """Model types whose eager attention is what [`grouped_attention`] computes."""
 
+FEW_ROWS = 8
+"""Up to so many rows, the product of a language-model head is faster from the weight's side."""
+
 
 def grouped_attention(
     module: nn.Module,
@@ -86,10 +89,11 @@ def head_logits(head: nn.Module, hidden_RD: torch.Tensor) -> torch.Tensor:
     """
     Logits `[R, V]` of a language-model head.
 
-    On a CPU the product is made from the weight's side, which is then read once for all rows; `nn.Linear` reads it
-    once for each of two or three. A head that is more than a weight is called as it is.
+    On a CPU, for 2 to [`FEW_ROWS`] rows of float32, the product is made from the weight's side: the weight is then
+    read once for all rows, and not once for each. A head that is more than such a weight is called as it is.
     """
+    few = hidden_RD.device.type == "cpu" and hidden_RD.dtype == torch.float32 and 1 < len(hidden_RD) <= FEW_ROWS
     plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
-    if not plain or hidden_RD.device.type != "cpu" or head._forward_hooks or head._forward_pre_hooks:
+    if not few or not plain or head._forward_hooks or head._forward_pre_hooks:
         return head(hidden_RD)
     return (head.weight @ hidden_RD.T).T

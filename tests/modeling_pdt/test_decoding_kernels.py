@@ -9,7 +9,7 @@ from torch import nn
 
 from modeling_pdt import decoding_kernels
 from modeling_pdt.callbacks import ParallelDecodingCallback
-from modeling_pdt.decoding_kernels import FAMILIES, GROUPED, grouped_attention, head_logits
+from modeling_pdt.decoding_kernels import FAMILIES, FEW_ROWS, GROUPED, grouped_attention, head_logits
 
 PROMPTS = torch.tensor([[0] * 9 + [7, 8, 9], list(range(20, 32))])
 PADDING = torch.tensor([[0] * 9 + [1] * 3, [1] * 12])
@@ -88,12 +88,31 @@ def test_other_attention_stays_and_eager_attention_comes_back(make_model):
     assert model.trunk.config._attn_implementation == "eager"
 
 
+@torch.no_grad()
+def test_a_trunk_may_have_the_attention_by_its_name(trunk, make_batch):
+    batch = make_batch()
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
+    trunk.set_attn_implementation("eager")
+    expected = trunk(**inputs).logits
+    trunk.set_attn_implementation(GROUPED)
+    torch.testing.assert_close(trunk(**inputs).logits, expected, atol=1e-5, rtol=0)
+
+
 def test_head_logits_are_the_heads():
-    head, hidden = nn.Linear(32, 97, bias=False), torch.randn(3, 32)
+    head, hidden = nn.Linear(32, 97, bias=False), torch.randn(FEW_ROWS + 1, 32)
     expected = head(hidden)
-    torch.testing.assert_close(head_logits(head, hidden), expected, atol=1e-6, rtol=0)
-    seen = []
-    head.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert torch.equal(head_logits(head, hidden), expected) and len(seen) == 1
+    for rows in (1, 3, FEW_ROWS + 1):
+        torch.testing.assert_close(head_logits(head, hidden[:rows]), expected[:rows], atol=1e-6, rtol=0)
+
+
+def test_a_head_that_is_more_than_a_weight_is_called():
+    head, hidden, seen = nn.Linear(32, 97, bias=False), torch.randn(3, 32), []
+    handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert head_logits(head, hidden) is seen[0]
+    handle.remove()
+    head.forward = lambda states: states
+    assert head_logits(head, hidden) is hidden
     biased = nn.Linear(32, 97)
     assert torch.equal(head_logits(biased, hidden), biased(hidden))
+    half = nn.Linear(32, 97, bias=False, dtype=torch.bfloat16)
+    assert torch.equal(head_logits(half, hidden.bfloat16()), half(hidden.bfloat16()))
