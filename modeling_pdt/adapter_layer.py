@@ -95,6 +95,10 @@ class PDTStack(nn.Module, BaseTunerLayer):
         """Conditioning depends on notes and streams; it cannot become part of the trunk's weights."""
         raise NotImplementedError("PDT adapters cannot be merged into the trunk; use unload() to get the trunk back.")
 
+    def unmerge(self) -> None:
+        """There is nothing to take back, see [`merge`]."""
+        raise NotImplementedError("PDT adapters are never merged into the trunk; use unload() to get the trunk back.")
+
     @staticmethod
     def _sites(config: PDTAdapterConfig) -> list[int]:
         """Where SNC acts. Between layers: i is the input of layer i. After attention: i is inside layer i."""

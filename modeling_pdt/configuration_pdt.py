@@ -11,6 +11,8 @@ from .configuration_adapter import PDTAdapterConfig, check_range
 ADAPTER_FIELDS = frozenset(PDTAdapterConfig.__dataclass_fields__) - frozenset(PeftConfig.__dataclass_fields__)
 # Keys that `PreTrainedConfig` takes through its keyword arguments.
 INHERITED_KEYS = ("output_attentions", "attn_implementation", "experts_implementation", "name_or_path")
+# `Trainer` sets them on every model's configuration.
+TRUNK_FIELDS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @strict
@@ -100,13 +102,8 @@ class PDTConfig(PreTrainedConfig):
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Own fields only; the adapter's are saved in `adapter_config.json`."""
+        """Own fields only: the adapter's are in `adapter_config.json`, those of a plain causal LM in the trunk's."""
         output = super().to_dict()
-        output.pop("_adapter_config", None)
-        return output
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Own fields only; the adapter's are saved in `adapter_config.json`."""
-        output = super().to_diff_dict()
-        output.pop("_adapter_config", None)
+        for name in ("_adapter_config", *TRUNK_FIELDS):
+            output.pop(name, None)
         return output

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import HfApi, save_torch_state_dict
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoModelForCausalLM
+from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .adapter_files import check_inside
@@ -96,6 +97,17 @@ def public_name(config: PDTConfig) -> str | None:
     return None if not name or name == TRUNK_SUBFOLDER or os.path.isdir(name) else name
 
 
+def quantizer_of(trunk: torch.nn.Module) -> HfQuantizer | None:
+    """
+    What keeps the trunk's weights quantised; `None` when they are plain numbers.
+
+    transformers leaves the quantizer of a choice like `Mxfp4Config(dequantize=True)` on a trunk whose checkpoint was
+    not quantised in the first place.
+    """
+    quantizer = getattr(trunk, "hf_quantizer", None)
+    return None if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False) else quantizer
+
+
 def save_trunk(trunk: torch.nn.Module, folder: Path) -> None:
     """
     Writes the bare trunk: configuration, generation configuration and safetensors under the trunk's own names.
@@ -105,7 +117,7 @@ def save_trunk(trunk: torch.nn.Module, folder: Path) -> None:
     Raises:
         ValueError: For a trunk whose weights are quantised: under their names in memory nobody could load them.
     """
-    quantizer = getattr(trunk, "hf_quantizer", None)
+    quantizer = quantizer_of(trunk)
     if quantizer is not None:
         method = getattr(quantizer.quantization_config.quant_method, "value", "unknown")
         raise ValueError(

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, has_length
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput
 from modeling_pdt.adapter_files import load_adapter_weights
-from modeling_pdt.hub_layout import copy_code
+from modeling_pdt.hub_layout import copy_code, quantizer_of
 
 from .arguments import PDTTrainingArguments
 from .balance import DistillationBalance
@@ -48,8 +48,6 @@ from .sharding import keep_gathered, shard_trunk
 from .tap_cache import TapCache
 from .teacher import EmaTeacher
 from .telemetry import write_json
-
-TRUNK_FIELDS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def step_generator(seed: int, step: int, micro_step: int, process: int) -> torch.Generator:
@@ -86,7 +84,7 @@ class PDTTrainer(RecoverableTrainer):
         frozen = [name for name, parameter in model.pdt_parameters().items() if not parameter.requires_grad]
         if frozen:
             raise ValueError(f"{frozen[0]} is frozen, allowed: all PDT parameters trainable (is_trainable=True).")
-        quantizer = getattr(model.trunk, "hf_quantizer", None)
+        quantizer = quantizer_of(model.trunk)
         if quantizer is not None and not quantizer.is_trainable:
             raise ValueError(
                 f"the trunk has no gradient ({type(quantizer).__name__}), allowed: one loaded dequantised."
@@ -273,9 +271,6 @@ class PDTTrainer(RecoverableTrainer):
         adapter_config = self.model.peft.active_peft_config
         trained = {*adapter_config.trained_parts, *self.trained_groups()}
         adapter_config.trained_parts = [group for group in PARAMETER_GROUPS if group in trained]
-        # `Trainer` writes fields of a plain causal LM into the configuration, which does not own them.
-        for name in TRUNK_FIELDS:
-            vars(self.model.config).pop(name, None)
         super()._save(output_dir, state_dict)
 
     def trained_groups(self) -> list[str]:

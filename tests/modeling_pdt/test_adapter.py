@@ -320,8 +320,9 @@ def test_unload_gives_back_the_exact_trunk(make_trunk, make_batch, randomize, na
 
 
 def test_merge_is_refused(model):
-    for merge in (model.peft.merge_adapter, model.peft.merge_and_unload, model.stack.merge):
-        with pytest.raises(NotImplementedError, match="merge"):
+    peft = model.peft
+    for merge in (peft.merge_adapter, peft.merge_and_unload, peft.unmerge_adapter, model.stack.merge):
+        with pytest.raises(NotImplementedError, match=r"merged into the trunk; use unload\(\)"):
             merge()
 
 

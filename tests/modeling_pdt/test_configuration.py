@@ -212,6 +212,15 @@ def test_model_round_trip(tmp_path, model):
         assert copied.num_streams == 3
 
 
+def test_what_trainer_sets_on_a_configuration_is_not_saved(tmp_path):
+    config = PDTConfig()
+    for name in ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, 0)
+    config.save_pretrained(tmp_path)
+    assert PDTConfig.from_pretrained(tmp_path).block_size == config.block_size and config.use_cache == 0
+    assert not {"use_cache", "eos_token_id"} & json.loads((tmp_path / "config.json").read_text()).keys()
+
+
 def test_model_unknown_key_in_file_is_an_error(tmp_path):
     PDTConfig().save_pretrained(tmp_path)
     file = tmp_path / "config.json"

@@ -223,3 +223,15 @@ def test_quantised_weights_are_neither_saved_with_the_model_nor_trained_through(
     assert list((tmp_path / "saved").iterdir()) == []
     with pytest.raises(ValueError, match=r"the trunk has no gradient \(BitNetHfQuantizer\)"):
         make_trainer(tmp_path / "run", model=model)
+
+
+def test_dequantising_what_is_not_quantised_leaves_a_plain_trunk(plain, tmp_path):
+    # transformers keeps the quantizer on such a trunk, though no weight is quantised.
+    choices = {"quantization_config": Mxfp4Config(dequantize=True), "dtype": torch.float32}
+    model = PDTForParallelDecoding.from_pretrained(plain, is_trainable=True, **choices)
+    assert model.trunk.hf_quantizer is not None
+    make_trainer(tmp_path / "run", model=model)
+    model.save_pretrained(tmp_path / "saved", include_trunk=True)
+    again, inputs = PDTForParallelDecoding.from_pretrained(tmp_path / "saved"), notes()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
