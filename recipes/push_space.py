@@ -9,7 +9,7 @@ Without `--dry-run` the same files are uploaded, after the Hub has checked the c
 from pathlib import Path
 
 from trainer_pdt.parser import RecipeParser
-from trainer_pdt.publishing import release_files
+from trainer_pdt.publishing import describe_release
 from trainer_pdt.space import SpaceArguments, stage_space, upload_space
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,11 +19,7 @@ def main(args: list[str] | None = None) -> str | None:
     """Stages, shows, uploads; returns the commit's address."""
     (arguments,) = RecipeParser(SpaceArguments).parse(args)
     folder = stage_space(arguments, ROOT)
-    names = release_files(folder)
-    print(f"{arguments.repo_id}: {len(names)} files in {folder}")
-    for name in names:
-        print(f"{(folder / name).stat().st_size:>12,}  {name}")
-    print(f"\n{(folder / 'README.md').read_text(encoding='utf-8')}")
+    print(describe_release(folder, arguments.repo_id))
     if arguments.dry_run:
         print("dry run: nothing was uploaded.")
         return None

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from modeling_pdt.hub_layout import upload
 from trainer_pdt.parser import RecipeParser
-from trainer_pdt.publishing import PublishArguments, release_files, stage_release
+from trainer_pdt.publishing import PublishArguments, describe_release, stage_release
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,11 +21,7 @@ def main(args: list[str] | None = None) -> str | None:
     """Stages, shows, uploads; returns the commit's address."""
     (arguments,) = RecipeParser(PublishArguments).parse(args)
     folder = stage_release(arguments, ROOT / "LICENSE" if arguments.license == "apache-2.0" else None)
-    names = release_files(folder)
-    print(f"{arguments.repo_id}: {len(names)} files in {folder}")
-    for name in names:
-        print(f"{(folder / name).stat().st_size:>12,}  {name}")
-    print(f"\n{(folder / 'README.md').read_text(encoding='utf-8')}")
+    print(describe_release(folder, arguments.repo_id))
     if arguments.dry_run:
         print("dry run: nothing was uploaded.")
         return None

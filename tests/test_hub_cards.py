@@ -1,10 +1,16 @@
 """The card templates render, keep what they are given and leave out lines whose value is missing."""
 
+import copy
+import re
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from hub_cards import TEMPLATES, template_path
+from tests.tiny_training import tokenizer as make_tokenizer
+from trainer_pdt.publishing import prompt_facts
+from trainer_pdt.render import render_request
 
 
 def render(**values):
@@ -26,7 +32,6 @@ def test_full_card():
         datasets=["someone/worlds"],
         num_streams=3,
         block_size=12,
-        writer_tap="mid",
         metrics=[metric],
         temperature=1.0,
         seed=0,
@@ -43,7 +48,6 @@ def test_full_card():
         "| streams trained with | 3 |",
         "| sibling-fact recall | 0.71 | 0.66 to 0.76 | 412 |",
         "| seed | `0` |",
-        "lower half",
         "- English only.",
     ):
         assert part in card.content
@@ -53,10 +57,25 @@ def test_full_card():
 
 def test_missing_values_leave_no_lines():
     card = render(num_streams=None, metrics=[{"name": "recall", "value": None}], packages=None, seed=None)
-    for part in ("## Facts", "## Measured", "## Training", "base_model", "datasets", "lower half", "None", "| |"):
+    for part in ("## Facts", "## Measured", "## Training", "base_model", "datasets", "None", "| |"):
         assert part not in card.content
     front = yaml.safe_load(card.content.split("---")[1])
     assert front["library_name"] == "transformers"
+
+
+@pytest.mark.parametrize("opening", [None, "<assistant>", "<|start|>assistant"])
+def test_the_code_makes_the_prompt_that_was_trained_on(opening):
+    tokenizer = make_tokenizer()
+    if opening is not None:
+        template = "{% for turn in messages %}<user>{{ turn.content }}{% endfor %}"
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = f"{template}{{% if add_generation_prompt %}}{opening}{{% endif %}}"
+    request = 'Describe Velmar\'s "old" town in three parts.'
+    content = render(**prompt_facts({"examples": [{"prompt": request}]}, tokenizer)).content
+    (code,) = re.findall(r"^request = .*?(?=^inputs)", content, re.DOTALL | re.MULTILINE)
+    values = {"tokenizer": tokenizer}
+    exec(code, values)
+    assert values["prompt"] == render_request(request, tokenizer)
 
 
 def test_zero_is_a_value():

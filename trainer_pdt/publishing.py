@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hub_cards import template_path
 from modeling_pdt import PDTForParallelDecoding
 
 from .evaluation.values import measure, part
+from .render import HARMONY_FINAL, render_request
 from .telemetry import (
     MANIFEST_FILE,
     REPORT_FILE,
@@ -42,7 +43,7 @@ METRICS = (
     ("agreement_auroc", "agreement AUROC", ("agreement", "auroc")),
     ("false_rollback", "sound blocks withdrawn", ("agreement", "false_rollback")),
     ("trunk_kl", "text KL to the trunk", ("text_ce", "kl")),
-    ("parallel_speedup", "wall clock, all streams vs one stream", ("speed", "parallel_vs_single")),
+    ("parallel_speedup", "speed-up over one stream that writes the same tokens", ("speed", "parallel_vs_single")),
 )
 FACTS = ("num_streams", "notes_dim", "notes_per_block", "block_size", "bus_lag", "bus_capacity", "instrumented_layers")
 
@@ -120,7 +121,11 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
             "include_trunk=true, which uploads a small trunk too."
         )
     model.save_pretrained(folder, include_trunk=arguments.include_trunk)
-    AutoTokenizer.from_pretrained(arguments.model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    # How it was loaded here concerns nobody else.
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(folder)
     for name in (f"{head}_thresholds.json" for head in THRESHOLD_HEADS):
         if (Path(arguments.model) / name).is_file():
             write_json(folder / name, without_paths(read_json(Path(arguments.model) / name)))
@@ -130,8 +135,10 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
         write_json(folder / EVALUATION_FILE, evaluation)
     if license_file is not None:
         shutil.copyfile(license_file, folder / "LICENSE")
-    provenance = write_json(folder / PROVENANCE_FILE, describe_run(arguments.model, evaluation))
-    write_card(folder, arguments, model, evaluation, read_json(provenance))
+    plan_hash = {"salt": model.config.plan_hash_salt, "buckets": model.config.plan_vocab_size}
+    described = describe_run(arguments.model, evaluation) | {"plan_hash": plan_hash}
+    provenance = write_json(folder / PROVENANCE_FILE, described)
+    write_card(folder, arguments, model, tokenizer, evaluation, read_json(provenance))
     write_sums(folder)
     return folder
 
@@ -149,7 +156,8 @@ def describe_run(model: str | Path, evaluation: Mapping[str, Any]) -> dict[str, 
     data = part(manifest, "config", "data")
     described = {
         "training": {
-            key: manifest.get(key) for key in ("command", "seed", "git", "packages", "python", "config_fingerprint")
+            key: manifest.get(key)
+            for key in ("command", "seed", "git", "packages", "python", "config_fingerprint", "notes_schema_version")
         },
         "config": manifest.get("config"),
         "continued": manifest.get("continued"),
@@ -191,12 +199,14 @@ def write_card(
     folder: Path,
     arguments: PublishArguments,
     model: PDTForParallelDecoding,
+    tokenizer: PreTrainedTokenizerBase,
     evaluation: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> Path:
     """Fills the card's template from the telemetry, with the results as `model-index`, and reads it back."""
     config, training = model.config, part(provenance, "training")
     metrics, settings = measured(evaluation), part(evaluation, "settings")
+    threshold = model.generation_config.agreement_threshold
     name = arguments.repo_id.split("/")[1]
     index = ModelCardData()
     if metrics:
@@ -216,14 +226,14 @@ def write_card(
         model_name=name,
         includes_trunk=arguments.include_trunk,
         trained_parameters=f"{sum(p.numel() for p in model.pdt_parameters().values()):,}",
-        agreement_threshold=model.generation_config.agreement_threshold,
+        agreement_threshold=None if threshold is None else round(threshold, 4),
         metrics=[{"name": title, **numbers} for _, title, numbers in metrics],
         temperature=settings.get("temperature"),
         steps=provenance.get("step"),
         train_seconds=provenance.get("seconds"),
         git_sha=part(training, "git").get("sha"),
         data_fingerprint=provenance.get("data_fingerprint"),
-        writer_tap="mid",
+        **prompt_facts(evaluation, tokenizer),
         **{key: getattr(config, key) for key in FACTS},
         **{key: getattr(arguments, key) for key in ("repo_id", "license", "language", "datasets", "tags", "limits")},
         **{key: training.get(key) for key in ("command", "seed", "config_fingerprint", "packages")},
@@ -233,6 +243,16 @@ def write_card(
     if len(read.data.eval_results or []) != len(metrics):
         raise ValueError(f"the card's model-index holds {read.data.eval_results}, allowed: all of {metrics}.")
     return folder / "README.md"
+
+
+def prompt_facts(evaluation: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the card's first lines of code need: a request of the evaluation, and what makes a prompt of it."""
+    examples = evaluation.get("examples") or [{}]
+    return {
+        "request": examples[0].get("prompt"),
+        "has_chat_template": tokenizer.chat_template is not None,
+        "final_channel": HARMONY_FINAL if render_request("?", tokenizer).endswith(HARMONY_FINAL) else None,
+    }
 
 
 def write_sums(folder: Path) -> Path:
@@ -249,3 +269,11 @@ def write_sums(folder: Path) -> Path:
 def release_files(folder: Path) -> list[str]:
     """Every file of a staged release, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def describe_release(folder: Path, repo_id: str) -> str:
+    """What a release holds, to be read before it is uploaded: every file with its size, and the card."""
+    names = release_files(folder)
+    lines = [f"{repo_id}: {len(names)} files in {folder}"]
+    lines += [f"{(folder / name).stat().st_size:>12,}  {name}" for name in names]
+    return "\n".join([*lines, "", (folder / "README.md").read_text(encoding="utf-8")])

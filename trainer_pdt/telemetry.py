@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .data.schema import NOTES_SCHEMA_VERSION
+
 TELEMETRY_SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 STAGE_HISTORY_FILE = "stage_history.json"
@@ -196,6 +198,7 @@ def run_manifest(
         },
         "config": config,
         "config_fingerprint": fingerprint(config),
+        "notes_schema_version": NOTES_SCHEMA_VERSION,
     }
 
 

@@ -1,8 +1,10 @@
 """What Hub users do, each function in a process of its own; values are JSON. Run through `process.Visitors`."""
 
+import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -218,12 +220,19 @@ def space(*words: str) -> str | None:
 
 
 def decode_release(repo: str) -> dict:
-    """A stranger follows the card."""
-    model = AutoModel.from_pretrained(repo, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(repo)
-    inputs = tokenizer(["Describe the town of Velmar in three parts.\n"], return_tensors="pt", padding=True)
-    out = model.generate(**inputs, tokenizer=tokenizer, max_new_tokens=8, return_dict_in_generate=True)
-    return {"streams": len(out.streams[0]), "threshold": model.generation_config.agreement_threshold}
+    """A stranger runs the card's code, on the model and then on its trunk alone."""
+    first, second = re.findall(r"```python\n(.*?)```", ModelCard.load(repo).text, re.DOTALL)
+    values = {}
+    exec(first, values)
+    model, out = values["model"], values["out"]
+    folder = snapshot_download(repo, allow_patterns="trunk/*")
+    values["trunk"] = AutoModelForCausalLM.from_pretrained(f"{folder}/trunk").eval()
+    exec(second.replace("trunk.generate(", "again = trunk.generate("), values)
+    return {
+        "streams": len(out.streams[0]),
+        "threshold": model.generation_config.agreement_threshold,
+        "same": torch.equal(out.sequences, values["again"]),
+    }
 
 
 def change_trunk(repo: str) -> None:

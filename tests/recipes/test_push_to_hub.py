@@ -30,6 +30,7 @@ def run(tmp_path):
         "packages": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
         "config": {"data": data},
         "config_fingerprint": "feedbeef",
+        "notes_schema_version": "2.0",
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "stage_history.json").write_text(json.dumps({"stages": [{"name": "bus", "first_step": 0}]}))
@@ -56,6 +57,7 @@ def test_a_dry_run_shows_every_file_and_the_card(run, tmp_path, capsys):
     wanted = {"config.json", "generation_config.json", "tokenizer.json", "README.md", "LICENSE", "SHA256SUMS"}
     wanted |= {"provenance.json", "evaluation.json", "adapter/adapter_model.safetensors", "trunk/model.safetensors"}
     assert wanted | {"custom_generate/generate.py", "modeling_pdt.py"} <= set(names)
+    assert not {"is_local", "local_files_only"} & json.loads((folder / "tokenizer_config.json").read_text()).keys()
     assert not {"training_args.bin", ".env", "manifest.json"} & set(names)
 
 
@@ -101,7 +103,8 @@ def test_missing_numbers_leave_their_lines_out(run, tmp_path):
     assert [result.metric_type for result in card.data.eval_results] == ["coverage_precision"]
     assert "coverage recall" not in card.content and "## Training" not in card.content
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert set(provenance) == {"metrics", "published_from"}
+    assert set(provenance) == {"metrics", "published_from", "plan_hash"}
+    assert provenance["plan_hash"] == {"salt": "parallel-decoder-v1", "buckets": 32}
     bare = publish(run, tmp_path, "--include_trunk")
     assert ModelCard.load(bare / "README.md").data.eval_results is None
     assert "## Measured" not in (bare / "README.md").read_text() and not (bare / "evaluation.json").exists()
@@ -111,6 +114,7 @@ def test_provenance_without_paths_of_the_machine(run, tmp_path):
     provenance = describe_run(run, json.loads(DEMO.read_text()))
     assert provenance["training"]["command"] == "recipes/train.py --output_dir run"
     assert provenance["training"]["git"]["sha"] == "0123abcd" and provenance["step"] == 900
+    assert provenance["training"]["notes_schema_version"] == "2.0"
     assert provenance["stages"] == [{"name": "bus", "first_step": 0}] and len(provenance["data_fingerprint"]) == 64
     assert provenance["metrics"]["coverage_precision"]["n"] == 3050
     folder = publish(run, tmp_path, "--include_trunk")

@@ -161,6 +161,7 @@ def test_manifest_is_complete_and_repeatable(tmp_path):
     assert manifest["packages"]["torch"] == torch.__version__
     assert manifest["machine"]["threads"] == torch.get_num_threads()
     assert manifest["config"]["Settings"]["hub_token"] == "<hidden>"
+    assert manifest["notes_schema_version"] == "2.0"
     assert manifest["config_fingerprint"] == telemetry.fingerprint(config)
     again = telemetry.run_manifest(seed=3, config=config, argv=["t.py"], folder=tmp_path)
     assert manifest == again
