@@ -14,7 +14,7 @@ import gradio as gr
 from huggingface_hub import SpaceCard
 
 from pdt_space import view
-from pdt_space.session import PLANS, ModelShelf, Wish, answer, outline_of
+from pdt_space.session import DISAGREEING, PLANS, ModelShelf, Wish, answer, outline_of
 
 CARD, DEMO_MODEL = Path(__file__).with_name("README.md"), "build/demo/model"
 EXAMPLES = [
@@ -59,17 +59,18 @@ class Page:
         self.shelf = ModelShelf()
 
     def load(self, name: str) -> tuple:
-        """Model description, number of streams, message."""
+        """Model description, number of streams and what happens to a block that disagrees, message."""
         try:
             loaded = self.shelf.get(name)
         except Exception as error:
-            return "", gr.skip(), problem(error)
-        config = loaded.model.config
+            return "", gr.skip(), gr.skip(), problem(error)
+        config, saved = loaded.model.config, loaded.model.generation_config
         facts = [("streams", config.num_streams), ("tokens per block", config.block_size)]
         facts += [("notes per block", config.notes_per_block), ("layers with notes", len(config.instrumented_layers))]
         return (
             view.describe(loaded.name, [(name, str(value)) for name, value in facts], loaded.untrained),
-            (config.num_streams),
+            config.num_streams,
+            next(words for words, policy in DISAGREEING.items() if policy == saved.commit_policy),
             "",
         )
 
@@ -94,6 +95,7 @@ def make_wish(
     switches: list[str],
     words: str,
     compare: bool,
+    disagreeing: str,
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -110,6 +112,7 @@ def make_wish(
         temperature=float(temperature),
         seed=int(seed),
         interventions=tuple(interventions),
+        commit_policy=DISAGREEING[disagreeing],
         compare=compare,
         calls_per_second=calls_per_second or None,
     )
@@ -147,8 +150,11 @@ def bus_controls() -> list[gr.components.Component]:
 
 
 def sampling_controls() -> list[gr.components.Component]:
-    """Lengths, sampling and pace."""
+    """What happens to a block that disagrees, lengths, sampling and pace."""
     return [
+        gr.Radio(
+            list(DISAGREEING), value=next(iter(DISAGREEING)), label="A block that disagrees", elem_id="disagreeing"
+        ),
         gr.Slider(8, 256, value=96, step=8, label="Tokens per stream, at most", elem_id="tokens"),
         gr.Slider(0, 2, value=1.0, step=0.1, label="Temperature; 0 is greedy", elem_id="temperature"),
         gr.Number(value=0, precision=0, label="Seed", elem_id="seed"),
@@ -173,17 +179,19 @@ def build(model: str) -> gr.Blocks:
                     name = gr.Textbox(value=model, label="Model: folder or Hub repository", elem_id="model")
                     load = gr.Button("Load", size="sm", elem_id="load")
                 description = gr.HTML(elem_id="description")
-                choices = plan_controls() + bus_controls()
-                with gr.Accordion("Length, sampling, pace", open=False, elem_id="more"):
-                    choices += sampling_controls()
+                plan, outline, num_streams = plan_controls()
+                bus = bus_controls()
+                with gr.Accordion("Disagreement, length, sampling, pace", open=False, elem_id="more"):
+                    disagreeing, *sampling = sampling_controls()
             with gr.Column(scale=6, min_width=300, elem_id="result"):
                 message = gr.HTML(elem_id="message")
                 start = view.notice("info", "Press Write: the sections appear here, all at once.")
                 stage = gr.HTML(start, elem_id="stage")
-        _, outline, num_streams, *_ = choices
-        loading = {"inputs": [name], "outputs": [description, num_streams, message], "show_progress": "hidden"}
+        described = [description, num_streams, disagreeing, message]
+        loading = {"inputs": [name], "outputs": described, "show_progress": "hidden"}
         for trigger in (demo.load, load.click, name.submit):
             trigger(page.load, **loading)
+        choices = [plan, outline, num_streams, *bus, disagreeing, *sampling]
         inputs, outputs = [name, prompt, *choices], [stage, outline, message]
         once = {"concurrency_limit": 1, "show_progress": "hidden"}
         writing = [trigger(page.write, inputs, outputs, **once) for trigger in (run.click, prompt.submit)]

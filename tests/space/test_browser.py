@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_two_answers_are_compared(visit):
     assert page.locator(".pdt-board >> nth=1 >> mark").count() > 0
     assert page.locator(".pdt-board >> nth=0 >> mark").count() == 0
     rows = page.locator(".pdt-compare tbody th").all_inner_texts()
-    assert rows == ["tokens written", "trunk calls", "blocks withdrawn", "mean agreement"]
+    assert rows == ["tokens written", "trunk calls", "blocks withdrawn", "blocks that waited", "mean agreement"]
     shoot(page.locator("#result"), "compare")
 
 
@@ -182,5 +183,20 @@ def test_nothing_is_wider_than_the_screen(visit, name, size):
         boxes = [box.bounding_box() for box in page.locator(".pdt-column").all()]
         assert len({round(box["x"]) for box in boxes}) == 1 and min(box["width"] for box in boxes) > 320
         assert boxes[0]["y"] < page.locator("#plan").bounding_box()["y"]
-    assert page.locator("#outline textarea").input_value().startswith("1. ")
+    # The plan comes back after the last board.
+    page.wait_for_function("document.querySelector('#outline textarea').value.startsWith('1. ')", timeout=PATIENCE)
     shoot(page, name, full_page=True)
+
+
+def test_a_block_that_waits_is_seen(visit):
+    page = visit()
+    page.get_by_label("Withdraw blocks at random").check()
+    page.get_by_text("Length, sampling, pace").click()
+    page.get_by_label("It waits for more notes").check()
+    write(page, tokens=32)
+    page.wait_for_selector(".pdt-waiting")
+    page.wait_for_selector(".pdt-cell.waiting")
+    wait_for_answer(page)
+    assert page.locator(".pdt-waiting, .pdt-halt, .pdt-withdrawn, .pdt-cell.waiting").count() == 0
+    waited = [int(text) for text in re.findall(r"(\d+) waited", " ".join(page.locator("footer").all_inner_texts()))]
+    assert page.locator(".pdt-cell .pdt-pause").count() == sum(waited) > 0

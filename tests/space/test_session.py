@@ -64,6 +64,24 @@ def test_the_last_board_is_what_generate_returns(loaded, boards):
     assert sorted(map(str, readings)) == sorted(map(str, trace.readings))
 
 
+def test_a_block_that_waits_keeps_its_text(loaded):
+    choices = {"interventions": ("random_gate:0.4",), "commit_policy": "stall", "calls_per_second": 60}
+    wish = dataclasses.replace(WISH, **choices)
+    assert make_call(wish, loaded.tokenizer)[1]["commit_policy"] == "stall"
+    seen = list(decode(loaded, wish, "Answer"))
+    last = seen[-1].columns
+    assert not any(column.waiting or column.withdrawn for column in last) and any(column.waited for column in last)
+    stops = [(board, number) for board in seen for number, column in enumerate(board.columns) if column.waiting]
+    assert stops
+    for board, number in stops:
+        column, done = board.columns[number], last[number]
+        assert column.draft == "" and column.blocks[-1].waits > 0 and not column.blocks[-1].stands
+        assert done.text.startswith(column.text + column.blocks[-1].text)
+    for column in last:
+        assert [block.round for block in column.blocks] == list(range(len(column.blocks)))
+        assert {block.attempt for block in column.blocks} <= {0} and all(block.reading for block in column.blocks)
+
+
 def test_columns_fill_at_the_same_time(boards):
     lengths = [[len(column.text + column.draft) for column in board.columns] for board in boards if board.columns]
     assert len(lengths) > 3

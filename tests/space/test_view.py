@@ -47,6 +47,21 @@ def test_a_column_shows_blocks_drafts_and_what_was_withdrawn(board):
     assert "31 tokens in 20 trunk calls…" in html and "1 withdrawn" in html
 
 
+def test_a_block_that_waits_is_told_from_one_that_was_withdrawn(board):
+    waiting = block(" Oats.", 2, stands=False, waits=2, waiting=True, reading=None)
+    board.columns[1].blocks.append(waiting)
+    board.columns[1].draft = ""
+    html = view.stage([board])
+    assert re.search(r'class="pdt-waiting"[^>]*title="Block 3, agreement 90 %, waits for notes"> Oats\.<', html)
+    assert "1 withdrawn" in html and "1 waited" in html and "pdt-caret" not in html
+    assert bus_view.cells(board, 1)[2].label == "Block 3: agreement 90 %, gate 0 %, waited 2×"
+    assert 'class="pdt-cell waiting"' in html and 'title="waited 2×"' in html
+    board.columns[1].blocks[-1] = block(" Oats.", 2, waits=2)
+    html = view.stage([board])
+    assert "pdt-waiting" not in html and "1 waited" in html
+    assert "Block 3, agreement 90 %, waited 2×, committed" in html
+
+
 def test_only_what_has_just_happened_flashes(board):
     pieces = view.pieces(board.columns[1], None, now=0.5)
     assert [piece.age for piece in pieces] == [0.5, 0.5, 0.5, None]
@@ -92,3 +107,27 @@ def test_words_that_differ_are_marked_across_blocks():
 
 def test_streams_keep_a_colour_each():
     assert len({view.color(stream) for stream in range(8)}) == 8 and view.color(8) == view.color(0)
+
+
+def luminance(color):
+    """As WCAG 2.2 has it, from 0 (black) to 1 (white)."""
+    digits = color * 2 if len(color) == 3 else color
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_words_and_colours_can_be_read(theme):
+    style = (view.FOLDER / "style.css").read_text()
+    block = style.split("}")[0] if theme == "light" else re.search(r"\n\.dark [^{]*\{([^}]*)", style)[1]
+    colors = {name: luminance(color) for name, color in re.findall(r"--([\w-]+): #(\w+);", block)}
+
+    def contrast(one, other):
+        high, low = sorted((colors[one], colors[other]), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    for stream in range(8):
+        assert contrast(f"stream-{stream}", "paper") >= 4.5 and contrast("on-stream", f"stream-{stream}") >= 4.5
+    assert min(contrast(ink, paper) for ink in ("ink", "soft", "red") for paper in ("paper", "pale")) >= 4.5
+    assert contrast("ink", "mark") >= 4.5

@@ -28,10 +28,12 @@ class Block:
         text (`str`): What it says.
         round (`int`), attempt (`int`): Its number in the stream, and how often it had been withdrawn before.
         agreement (`float`, *optional*): What it was judged by; `None` without a trained head.
-        stands (`bool`): Committed; otherwise withdrawn.
+        stands (`bool`): Committed; otherwise withdrawn, or `waiting`.
         forced (`bool`): It stands because no retry was left.
         reading (`dict`, *optional*): What it read; a record of `trace.readings`.
         at (`float`): Seconds of `time.monotonic` when it was judged.
+        waits (`int`): How often it has begun to wait for notes.
+        waiting (`bool`): It keeps its text and is judged again when there are more notes.
     """
 
     text: str
@@ -42,6 +44,8 @@ class Block:
     forced: bool
     reading: dict[str, Any] | None
     at: float
+    waits: int = 0
+    waiting: bool = False
 
 
 @dataclass
@@ -67,7 +71,17 @@ class Column:
     @property
     def withdrawn(self) -> int:
         """How many blocks were withdrawn."""
-        return len(self.blocks) - len(self.standing)
+        return sum(not block.stands and not block.waiting for block in self.blocks)
+
+    @property
+    def waited(self) -> int:
+        """How many blocks waited, or wait."""
+        return sum(block.waits > 0 for block in self.blocks)
+
+    @property
+    def waiting(self) -> bool:
+        """The stream stands still."""
+        return bool(self.blocks) and self.blocks[-1].waiting
 
     @property
     def text(self) -> str:
@@ -171,13 +185,19 @@ class BoardRecorder(ParallelDecodingCallback):
             self._judge(decoder, event, stands=False)
         self.changed.set()
 
+    def on_stall(self, decoder: Any, event: dict[str, Any]) -> None:
+        """Leaves the draft where it is, as a block that waits."""
+        with self.lock:
+            self._judge(decoder, event, stands=False, waiting=True)
+        self.changed.set()
+
     def on_end(self, decoder: Any) -> None:
         """The answer is complete."""
         with self.lock:
             self.board.done = True
         self.changed.set()
 
-    def _judge(self, decoder: Any, event: dict[str, Any], stands: bool) -> None:
+    def _judge(self, decoder: Any, event: dict[str, Any], stands: bool, waiting: bool = False) -> None:
         stream, place = event["stream"], ("stream", "round", "attempt")
         reading = next(
             (one for one in reversed(decoder.trace.readings) if all(one[name] == event[name] for name in place)), None
@@ -185,10 +205,20 @@ class BoardRecorder(ParallelDecodingCallback):
         text, self.drafts[stream] = self._after(stream, event["tokens"]), []
         column = self.board.columns[stream]
         column.draft = ""
-        forced = event.get("forced", False)
+        # A block that has waited is judged again: it is still the same one.
+        before = column.blocks.pop().waits if column.waiting else 0
         column.blocks.append(
             Block(
-                text, event["round"], event["attempt"], event["agreement"], stands, forced, reading, time.monotonic()
+                text=text,
+                round=event["round"],
+                attempt=event["attempt"] - before,
+                agreement=event["agreement"],
+                stands=stands,
+                forced=event.get("forced", False),
+                reading=reading,
+                at=time.monotonic(),
+                waits=before + waiting,
+                waiting=waiting,
             )
         )
 

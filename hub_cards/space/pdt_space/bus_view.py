@@ -16,7 +16,7 @@ MOST_CURVES, LEAST_SHARE = 4, 0.01
 
 @dataclass(frozen=True)
 class Cell:
-    """A block in its lane: `left` and `width` in percent, `gate` from 0 to 1."""
+    """A block in its lane: `left` and `width` in percent, `gate` from 0 to 1, `retries` withdrawn attempts."""
 
     left: float
     width: float
@@ -61,8 +61,9 @@ def cells(board: Board, stream: int) -> list[Cell]:
         gate = block.reading["gate"] if block.reading else 0.0
         label = f"Block {number + 1}: agreement {percent(block.agreement)}, gate {percent(gate)}"
         label += f", rewritten {block.attempt}×" if block.attempt else ""
+        label += f", waited {block.waits}×" if block.waits else ""
         label += ", stands because no retry was left" if block.forced else ""
-        retries = block.attempt + (not block.stands)
+        retries = block.attempt + (not block.stands and not block.waiting)
         made.append(Cell(100 * number / count, 100 / count, block, retries, min(1.0, gate), label))
     return made
 

@@ -18,6 +18,11 @@ from trainer_pdt.render import render_outline_lines, render_request
 from .board import Board, BoardRecorder
 
 PLANS = {"The model writes it": "trunk", "The text below": "text", "None": "none"}
+DISAGREEING = {
+    "It is written again": "stream",
+    "Its whole round is written again": "round",
+    "It waits for more notes": "stall",
+}
 # Between two looks at the board.
 REFRESH_SECONDS = 0.12
 
@@ -77,6 +82,7 @@ class Wish:
         outline (`str`): A line `1. Header: item; item` per section.
         max_new_tokens (`int`), temperature (`float`), seed (`int`): As in `generate`.
         interventions (`tuple[str]`): Words as `make_interventions` reads them.
+        commit_policy (`str`): As in `generate`.
         compare (`bool`): Write the answer again with the bus off.
         calls_per_second (`float`, *optional*): At most so many trunk calls.
     """
@@ -89,6 +95,7 @@ class Wish:
     temperature: float = 1.0
     seed: int = 0
     interventions: tuple[str, ...] = ()
+    commit_policy: str = "stream"
     compare: bool = False
     calls_per_second: float | None = None
 
@@ -122,6 +129,7 @@ def make_call(wish: Wish, tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict
         temperature=wish.temperature,
         seed=wish.seed,
         interventions=list(wish.interventions),
+        commit_policy=wish.commit_policy,
         **own,
     )
     return prompt, arguments.generate_arguments()

@@ -12,7 +12,8 @@ from . import bus_view
 from .board import Block, Board, Column
 
 FOLDER = Path(__file__).resolve().parent
-COLORS = ("#2563eb", "#0f766e", "#9333ea", "#a16207", "#be185d", "#4d7c0f", "#0e7490", "#475569")
+# Colours in `style.css`, for a light screen and a dark one.
+NUM_COLORS = 8
 # Seconds that a block which has just been judged is marked for.
 FRESH_SECONDS = 1.6
 WORDS = re.compile(r"\S+|\s+")
@@ -24,7 +25,7 @@ TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a column's text: `kind` is `block`, `withdrawn` or `draft`; `words` are `(text, differs)`."""
+    """A stretch of a column: `kind` is `block`, `withdrawn`, `waiting` or `draft`; `words` are `(text, differs)`."""
 
     kind: str
     words: list[tuple[str, bool]]
@@ -34,8 +35,8 @@ class Piece:
 
 
 def color(stream: int) -> str:
-    """The colour of a stream."""
-    return COLORS[stream % len(COLORS)]
+    """The colour of a stream, as CSS has it."""
+    return f"var(--stream-{stream % NUM_COLORS})"
 
 
 def different_words(text: str, other: str) -> list[bool]:
@@ -66,7 +67,8 @@ def pieces(column: Column, other: Column | None, now: float) -> list[Piece]:
             start += len(block.text)
             made.append(Piece("block", words, block.round, fresh, _hint(block)))
         else:
-            made.append(Piece("withdrawn", [(block.text, False)], block.round, fresh, _hint(block)))
+            kind = "waiting" if block.waiting else "withdrawn"
+            made.append(Piece(kind, [(block.text, False)], block.round, fresh, _hint(block)))
     if column.draft:
         made.append(Piece("draft", [(column.draft, False)]))
     return made
@@ -92,7 +94,11 @@ def _marked(text: str, marks: list[bool] | None, start: int) -> list[tuple[str, 
 
 def _hint(block: Block) -> str:
     agreement = "no trained judge" if block.agreement is None else f"agreement {bus_view.percent(block.agreement)}"
-    state = "withdrawn" if not block.stands else "stands because no retry was left" if block.forced else "committed"
+    if block.stands:
+        state = "stands because no retry was left" if block.forced else "committed"
+        state = f"waited {block.waits}×, {state}" if block.waits else state
+    else:
+        state = "waits for notes" if block.waiting else "withdrawn"
     return f"Block {block.round + 1}, {agreement}, {state}"
 
 
@@ -103,9 +109,10 @@ def comparison(boards: list[Board]) -> list[tuple[str, list[str]]]:
         agreements = [block.agreement for column in board.columns for block in column.standing]
         known = [value for value in agreements if value is not None]
         mean = bus_view.percent(sum(known) / len(known) if known else None)
-        return [str(board.tokens), str(board.calls), str(sum(column.withdrawn for column in board.columns)), mean]
+        blocks = (sum(column.withdrawn for column in board.columns), sum(column.waited for column in board.columns))
+        return [*map(str, (board.tokens, board.calls, *blocks)), mean]
 
-    names = ("tokens written", "trunk calls", "blocks withdrawn", "mean agreement")
+    names = ("tokens written", "trunk calls", "blocks withdrawn", "blocks that waited", "mean agreement")
     return list(zip(names, map(list, zip(*map(row, boards), strict=True)), strict=True))
 
 
