@@ -26,10 +26,11 @@ class ChatServer(ToyServer):
         kinds: Kinds of failures.
         latency: Seconds per answer.
         seed: Which requests fail follows from it and from the request alone.
+        handler: What answers.
     """
 
-    def __init__(self, failures=0.0, kinds=KINDS, latency=0.0, seed=0, hang=1.0):
-        super().__init__(latency, Handler)
+    def __init__(self, failures=0.0, kinds=KINDS, latency=0.0, seed=0, hang=1.0, handler=None):
+        super().__init__(latency, handler or Handler)
         self.failures, self.kinds, self.seed, self.hang = failures, kinds, seed, hang
         self.lock = threading.Lock()
         self.active = self.most_active = 0

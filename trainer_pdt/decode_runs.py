@@ -23,6 +23,7 @@ class DecodeRun:
         plan_vocab_size (`int`), plan_hash_salt (`str`): Buckets of plan items.
         sections (`dict[str, str]`): Text of every stream.
         merged (`list[str]`): Answer of every prompt.
+        prompts (`list[str]`): The prompts, rendered; the original's manifests hold none.
         committed (`dict[str, int]`): Tokens that stand, by stream.
         seconds (`dict[str, float]`): `total`, and where measured `prefill` and `exchange`.
         rounds_s (`list[float]`): Seconds between one block boundary of a stream and its next.
@@ -56,6 +57,7 @@ class DecodeRun:
     layers: list[int] = field(default_factory=list)
     calls: int | None = None
     original: bool = False
+    prompts: list[str] = field(default_factory=list)
 
 
 def read_run(path: str | Path) -> DecodeRun:
@@ -120,6 +122,7 @@ def _read_own(name: str, manifest: Mapping[str, Any]) -> DecodeRun:
         reference_notes=_named_notes(manifest.get("reference_notes") or {}, list(streams.values())),
         layers=trace["model"]["instrumented_layers"],
         calls=trace["calls"],
+        prompts=list(manifest["prompts"]),
     )
 
 
@@ -195,3 +198,15 @@ def check_comparable(runs: Sequence[DecodeRun]) -> None:
                 raise ValueError(
                     f"{run.name} cannot be compared with {runs[0].name}: {name} is {other!r}, not {first!r}."
                 )
+
+
+def paired_answers(run: DecodeRun, baseline: DecodeRun) -> list[tuple[str, str, str]]:
+    """
+    Prompt, answer of a run and answer of a baseline.
+
+    Raises:
+        ValueError: When the prompts are not known, or not the same.
+    """
+    if not run.prompts or run.prompts != baseline.prompts:
+        raise ValueError(f"{run.name} and {baseline.name} must hold the same prompts to have their answers compared.")
+    return list(zip(run.prompts, run.merged, baseline.merged, strict=True))

@@ -4,13 +4,10 @@ One request per document for the plan, one for the notes. A model chooses passag
 is found again in the text here, so an answer can be wrong about what matters but never about what is written.
 """
 
-import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .chat_answers import (
     InvalidAnswer,
@@ -21,14 +18,13 @@ from .chat_answers import (
     answer_schema,
     parse_answer,
 )
-from .chat_client import BYTES_PER_TOKEN, ChatClient, ChatOptions, ChatRequest
+from .chat_caller import ChatCaller
+from .chat_client import BYTES_PER_TOKEN, ChatRequest
 from .chat_prompts import Messages, Passage, make_passages, notes_messages, plan_messages
 from .language import language_of
 from .schema import Coverage, Entity, Fact, PlanItem, Span
 from .statements import cut_at_sentence, whole_value
 from .teachers import Plan, SectionNotes, SourceDocument, StreamPlan, TeacherStage
-
-Answer = TypeVar("Answer")
 
 RULES_VERSION = 1
 """Raised when the reading of answers changes, so that finished stages are done again."""
@@ -37,11 +33,8 @@ TOKENS_PER_STREAM, TOKENS_PER_ITEM, TOKENS_PER_STATEMENT = 60, 30, 90
 """Output tokens, for estimates."""
 
 
-_LOCK = threading.Lock()
-
-
 @dataclass(frozen=True, kw_only=True)
-class ChatTeacher(ChatOptions):
+class ChatTeacher(ChatCaller):
     """
     A [`Teacher`] that asks a chat model. Its other fields are those of [`ChatOptions`].
 
@@ -69,21 +62,14 @@ class ChatTeacher(ChatOptions):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "store", Path(self.store))
-        ranges = {
-            **{"max_streams": (2, 8), "max_items": (1, 12), "temperature": (0, 2), "attempts": (1, 100)},
+        ranges: dict[str, tuple[float, float]] = {
+            **{"max_streams": (2, 8), "max_items": (1, 12), "temperature": (0, 2)},
             **dict.fromkeys(
                 ("max_section_words", "max_document_words", "plan_tokens", "notes_tokens"), (1, 1_000_000)
             ),
-            **{"max_concurrency": (1, 10_000), "timeout_s": (0.001, 86_400), "backoff_s": (0, 60)},
             **{"max_answer_tokens": (max(self.plan_tokens, self.notes_tokens), 10_000_000)},
         }
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be {low} to {high}.")
-        unpriced = sorted({self.plan_model, self.notes_model} - self.prices.keys())
-        if self.budget_usd is not None and unpriced:
-            raise ValueError(f"prices lacks {unpriced}, must hold every model where budget_usd is {self.budget_usd}.")
+        self.check(ranges, {self.plan_model, self.notes_model})
 
     @property
     def concurrency(self) -> int:
@@ -159,24 +145,6 @@ class ChatTeacher(ChatOptions):
             cues = {" ".join(item.cue.replace("/", " ").split()): item.text for item in stream.items[: self.max_items]}
             items += [PlanItem(f"s{number}/{cue}", _line(line), number) for cue, line in cues.items()]
         return Plan(source.prompt or _line(answer.prompt), tuple(items), tuple(streams))
-
-    def ask(self, request: ChatRequest, read: Callable[[str], Answer]) -> Answer:
-        """The answer to a request; all threads and stages share one client."""
-        with _LOCK:
-            if "_client" not in self.__dict__:
-                self.__dict__["_client"] = ChatClient(self, self._api_key())
-        return self.__dict__["_client"].ask(request, read)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the client, which belongs to a process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_client"}
-
-    def _api_key(self) -> str | None:
-        if self.api_key_variable is None:
-            return None
-        if not os.environ.get(self.api_key_variable):
-            raise ValueError(f"api_key_variable is {self.api_key_variable!r}, must name a set environment variable.")
-        return os.environ[self.api_key_variable]
 
 
 def check_passages(streams: Sequence[StreamAnswer], count: int) -> None:

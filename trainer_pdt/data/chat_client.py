@@ -162,7 +162,7 @@ class ChatClient:
 
     def __init__(self, options: ChatOptions, api_key: str | None) -> None:
         if is_offline_mode():
-            raise ServerUnavailable("HF_HUB_OFFLINE is set, and a chat teacher's requests go through huggingface_hub.")
+            raise ServerUnavailable("HF_HUB_OFFLINE is set, and requests to a chat model go through huggingface_hub.")
         self.options = options
         self.store = AnswerStore(options.store, options.budget_tokens, options.budget_usd)
         # Without a key the client would send the Hub's token to whatever server is named.

@@ -112,7 +112,7 @@ def plan_messages(
         lines.append(f"[{number}] {' '.join(text[passage.start : passage.end].split())}")
     given = f"Title: {source.title}\n" if source.title else ""
     given += f"Request that the text answers: {source.prompt}\n" if source.prompt else ""
-    return _messages(instructions, given + "\n".join(lines), f"The text has {len(passages)} passages.")
+    return fenced_messages(instructions, given + "\n".join(lines), f"The text has {len(passages)} passages.")
 
 
 def notes_messages(source: SourceDocument, plan: Plan) -> Messages:
@@ -122,10 +122,10 @@ def notes_messages(source: SourceDocument, plan: Plan) -> Messages:
         lines.append(f"Section {number}: {stream.header}")
         lines += [f"- item {item.item_id}: {item.text}" for item in plan.items if item.stream == number - 1]
         lines += [text[stream.start : stream.end], ""]
-    return _messages(NOTES_INSTRUCTIONS, "\n".join(lines), f"There are {len(plan.streams)} sections.")
+    return fenced_messages(NOTES_INSTRUCTIONS, "\n".join(lines), f"There are {len(plan.streams)} sections.")
 
 
-def _messages(instructions: str, material: str, closing: str) -> Messages:
+def fenced_messages(instructions: str, material: str, closing: str) -> Messages:
     """Instructions, and the material between two lines that it cannot hold."""
     fence = f"material-{hashlib.sha256(material.encode()).hexdigest()[:12]}"
     user = f"{MATERIAL.format(fence=fence)}\n\n<{fence}>\n{material}\n</{fence}>\n\n{closing}"

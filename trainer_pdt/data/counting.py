@@ -8,6 +8,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Literal
 
 from .schema import Document
@@ -202,6 +203,16 @@ def bootstrap_rate(
     tail = (1 - level) / 2
     low, high = rates[int(tail * resamples)], rates[min(int((1 - tail) * resamples), resamples - 1)]
     return Rate(sum(hit for hit, _ in pairs) / trials, low, high, trials, every)
+
+
+def wilson_rate(successes: int, trials: int, level: float = 0.95) -> Rate:
+    """Share of successes among independent trials with Wilson's interval, which is honest at 0 and 1 too."""
+    if not trials:
+        return Rate(None, None, None, 0)
+    z, share = NormalDist().inv_cdf((1 + level) / 2), successes / trials
+    middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    spread = z / (1 + z**2 / trials) * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5
+    return Rate(share, max(0.0, middle - spread), min(1.0, middle + spread), trials)
 
 
 def reference_rate(

@@ -25,6 +25,17 @@ CONDITIONS: dict[str, str] = {
 """What is on the bus while given text is read, with their names for a reader."""
 
 
+JUDGE_COLUMNS: dict[str, str] = {
+    "net_win_rate": "wins - losses",
+    "win": "wins",
+    "tie": "ties",
+    "loss": "losses",
+    "consistent": "both orders agree",
+    "first_place": "where not: first place gains",
+}
+"""Measures of a judge with their names for a reader."""
+
+
 def nli_table(evaluation: Mapping[str, Any]) -> Table:
     """Contradictions between the sections of an answer, as an NLI scorer sees them."""
     found, rows = part(evaluation, "nli_violation"), []
@@ -96,5 +107,40 @@ def usage_table(evaluation: Mapping[str, Any]) -> Table:
     return Table("Use of notes", ("measure", "value", "n"), rows, note if rows else "")
 
 
-ANSWER_TABLES = (nli_table, consistency_table, similarity_table, dependency_table, usage_table)
+def judge_rows(label: str, report: Mapping[str, Any]) -> list[list[str]]:
+    """A row per axis of what [`~trainer_pdt.evaluation.judge.judge_pairs`] found, or one that there is nothing."""
+    rows = []
+    for axis in part(report, "axes"):
+        cells = [show(part(report, "axes", axis).get(name)) for name in JUDGE_COLUMNS]
+        if any(cells):
+            rows.append([label, axis, *cells])
+    if not rows and report.get("stopped"):
+        rows.append([label, "", "not judged", *[""] * (len(JUDGE_COLUMNS) - 1)])
+    return rows
+
+
+def judge_table(evaluation: Mapping[str, Any], reference: str = "sequential answers") -> Table:
+    """Wins of answers over those of a reference, as a chat model sees them in both orders."""
+    comparisons, rows, notes = part(evaluation, "judge"), [], []
+    for mode in comparisons:
+        label, report = JUDGED.get(mode, mode), part(comparisons, mode)
+        rows += judge_rows(label, report)
+        notes += judge_notes(label, report)
+    columns = ("answers", "judged by", *JUDGE_COLUMNS.values())
+    return Table(f"Judged against {reference}", columns, rows, " ".join(notes) if rows else "")
+
+
+def judge_notes(label: str, report: Mapping[str, Any]) -> list[str]:
+    """Who judged how many pairs, whether the place decided, and why some pairs have no verdict."""
+    notes = [f"{label}: {scalar(report.get('judged'))} of {scalar(report.get('pairs'))} pairs judged by "]
+    notes[0] += f"{scalar(report.get('model'))}, a win or a loss in both orders."
+    bias = part(report, "axes", "overall").get("bias")
+    if bias:
+        notes.append(f"This judge prefers what stands {bias}, whatever it is: see how often both orders agree.")
+    if report.get("stopped"):
+        notes.append(f"Not all pairs were judged: {report['stopped']}")
+    return notes
+
+
+ANSWER_TABLES = (nli_table, consistency_table, similarity_table, judge_table, dependency_table, usage_table)
 """Makers of these tables, in order."""

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..data.chat_client import BudgetExceeded, ServerUnavailable
 from ..data.counting import bootstrap_rate
 from ..decode_metrics import similarity as pair_similarity
 from .consistency import (
@@ -14,6 +15,7 @@ from .consistency import (
     section_redundancy,
     stated_facts,
 )
+from .judge import judge_pairs
 from .scoring import rate_dict
 
 if TYPE_CHECKING:
@@ -83,6 +85,38 @@ def similarity(evaluation: "Evaluation") -> dict[str, Any]:
     evaluation.calibration()
     references = _merged(evaluation, REFERENCE_MODE)
     return {mode: answer_similarity(_merged(evaluation, mode), references) for mode in evaluation.comparable_modes()}
+
+
+def judge(evaluation: "Evaluation") -> dict[str, Any]:
+    """
+    Section `judge`, or nothing without a judge: parallel answers (with the commit gate where there is one) and
+    independent ones, each against sequential ones, by [`judge_pairs`].
+    """
+    if evaluation.judge is None:
+        return {}
+    evaluation.calibration()
+    parallel = "pdt_gate" if "pdt_gate" in evaluation.comparable_modes() else "pdt"
+    references, found = _with_headers(evaluation, "sequential"), {}
+    for mode in (parallel, "independent"):
+        logger.info("judging %d answers against sequential ones: %s", len(references), mode)
+        answers = _with_headers(evaluation, mode)
+        requests = [document.prompt for document in evaluation.documents[: len(answers)]]
+        try:
+            found[mode] = judge_pairs(evaluation.judge, list(zip(requests, answers, references, strict=True)))
+        except (BudgetExceeded, ServerUnavailable) as error:
+            # The other sections are worth more than this one: the report says why there are no verdicts.
+            logger.error("not judged: %s", error)
+            found[mode] = {"model": evaluation.judge.model, "pairs": len(answers), "judged": 0, "stopped": str(error)}
+    return {"judge": found}
+
+
+def _with_headers(evaluation: "Evaluation", mode: str) -> list[str]:
+    """The answers that are judged, each section under its heading."""
+    count, written = evaluation.arguments.judge_documents, evaluation.write(mode).texts
+    return [
+        "\n\n".join(f"{s.header}\n{text.text.strip()}" for s, text in zip(document.streams, texts, strict=True))
+        for document, texts in list(zip(evaluation.documents, written, strict=True))[:count]
+    ]
 
 
 def _merged(evaluation: "Evaluation", mode: str) -> list[str]:

@@ -1,10 +1,13 @@
 """Arguments of an evaluation."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from ..arguments import check_whole
 from ..curriculum import check_choice, check_range
 from ..nli import WORLDS
+from .judge import Judge, make_judge
 
 STANDARD_SECTIONS = (
     *("recall", "calibration", "coverage", "agreement", "rollback", "nli", "teacher_forced", "text", "speed"),
@@ -12,7 +15,7 @@ STANDARD_SECTIONS = (
 )
 """What an evaluation measures unless it is told otherwise, in order."""
 
-ANSWER_SECTIONS = ("consistency", "similarity", "dependency", "note_usage")
+ANSWER_SECTIONS = ("consistency", "similarity", "dependency", "note_usage", "judge")
 """What the full suite adds."""
 
 SUITES = {"standard": STANDARD_SECTIONS, "full": (*STANDARD_SECTIONS, *ANSWER_SECTIONS)}
@@ -47,6 +50,9 @@ class EvaluationArguments:
         training_report (`str`, *optional*): `training_report.json` of the run, quoted in the settings.
         nli_scorer (`str`, *optional*): Judges whether sections contradict each other: `"worlds"`, or folder or Hub id
             of a classifier, see `trainer_pdt.nli`; missing = not judged, and `"worlds"` in the full suite.
+        judge (`dict[str, Any]`, *optional*): Fields of a [`~trainer_pdt.evaluation.judge.Judge`], at least its
+            `model`; missing = answers are not judged. What it says is kept in `output_folder`, or in the file `store`.
+        judge_documents (`int`, *optional*, defaults to 32): Most documents whose answers are judged.
         suite (`str`, *optional*, defaults to `"standard"`): What to measure: `"standard"`, or `"full"` for every
             section that needs no documents of its own.
         sections (`list[str]`, *optional*): What to measure in place of a suite: sections of the full one and of
@@ -74,6 +80,8 @@ class EvaluationArguments:
     workers: int = field(default=1, metadata={"help": "Processes that write documents and share the threads."})
     training_report: str | None = field(default=None, metadata={"help": "training_report.json of the run."})
     nli_scorer: str | None = field(default=None, metadata={"help": "Scorer of contradictions: worlds, or a model."})
+    judge: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of a judge of answers."})
+    judge_documents: int = field(default=32, metadata={"help": "Most documents whose answers are judged."})
     suite: str = field(default="standard", metadata={"help": "What to measure: standard or full."})
     sections: list[str] | None = field(
         default=None, metadata={"help": "What to measure in place of a suite, in order."}
@@ -90,14 +98,19 @@ class EvaluationArguments:
         least = dict.fromkeys(("core_documents", "calibration_documents", "speed_documents", "decode_batch"), 2)
         for name, bound in {
             **least,
-            **dict.fromkeys(("control_factor", "threads", "workers"), 1),
+            **dict.fromkeys(("control_factor", "threads", "workers", "judge_documents"), 1),
             "hard_documents": 0,
         }.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
+        self.make_judge()
         self._choose_sections()
         self._check_sections()
         self._check_curves()
+
+    def make_judge(self) -> Judge | None:
+        """Who judges answers, if anybody does."""
+        return make_judge(self.judge, Path(self.output_folder) / "judge.sqlite") if self.judge else None
 
     def _choose_sections(self) -> None:
         check_choice("suite", self.suite, tuple(SUITES))

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..telemetry import MANIFEST_FILE, STAGE_HISTORY_FILE, read_json
-from .answer_plots import plot_dependency
+from .answer_plots import plot_dependency, plot_judge
 from .answer_tables import (
     ANSWER_TABLES,
     consistency_table,
     dependency_table,
+    judge_table,
     nli_table,
     similarity_table,
     usage_table,
@@ -73,6 +74,7 @@ def write_report(evaluation: Mapping[str, Any], training: Mapping[str, Any] | No
         "recall": plot_recall(evaluation, plots / "recall.png"),
         "agreement": plot_agreement(evaluation, plots / "agreement.png"),
         "coverage": plot_coverage(evaluation, plots / "coverage.png"),
+        "judge": plot_judge(evaluation, plots / "judge.png"),
         "dependency": plot_dependency(evaluation, plots / "dependency.png"),
         "learning": plot_learning(training, plots / "learning.png"),
     }
@@ -144,7 +146,7 @@ def sections_of(evaluation: Mapping[str, Any], figures: Mapping[str, Path | None
         ("Sibling-fact recall", (recall_table, timing_table), ("recall",)),
         ("Coverage and agreement", (heads_table, calibration_table), ("agreement", "coverage")),
         ("Rollback", (rollback_table,), ()),
-        ("Whole answers", (nli_table, consistency_table, similarity_table), ()),
+        ("Whole answers", (nli_table, consistency_table, similarity_table, judge_table), ("judge",)),
         ("Bounds and factors of decoding", FURTHER_TABLES, ()),
         ("Notes", (dependency_table, usage_table), ("dependency",)),
         ("Notes, sections given", (health_table, mixes_table), ()),

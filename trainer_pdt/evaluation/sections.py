@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "similarity": answers.similarity,
     "dependency": given_text.dependency,
     "note_usage": note_usage,
+    "judge": answers.judge,
     "heldout_values": further.heldout_values,
     "note_text": further.note_text,
     "two_hop": further.two_hop,
@@ -41,11 +42,17 @@ SECTIONS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
 """What measures each section."""
 
 KEYS = {"text": "text_ce", "dependency": "dependency_ce"}
-NAMED = ("recall", "nli", "rollback_controls")
+NAMED = ("recall", "nli", "judge", "rollback_controls")
 """Sections that name their keys themselves."""
 
-WITHOUT_EFFECT = ("model", "output_folder", "threads", "workers", "training_report", "suite", "sections", "resume")
-"""Arguments that change no figure of a section, where the adapters are the same."""
+NEVER_KEPT = ("judge",)
+"""Sections that are measured again in every call; a judge's answers are kept in a store of their own."""
+
+WITHOUT_EFFECT = (
+    *("model", "output_folder", "threads", "workers", "training_report", "suite", "sections", "resume"),
+    *("judge", "judge_documents"),
+)
+"""Arguments that change no figure of a section that is kept, where the adapters are the same."""
 
 SECTIONS_FOLDER, DOCUMENTS_FILE = "sections", "documents.json"
 BY_DOCUMENT = ("clusters", "decisions")
@@ -75,7 +82,8 @@ def run_sections(evaluation: Evaluation) -> dict[str, Any]:
     for name in arguments.sections:
         mark = fingerprint({"adapters": adapters, "section": name, **choices})
         path = Path(arguments.output_folder) / SECTIONS_FOLDER / f"{name}.json"
-        kept = read_json(path) if arguments.resume and path.is_file() else {}
+        may_be_kept = arguments.resume and name not in NEVER_KEPT
+        kept = read_json(path) if may_be_kept and path.is_file() else {}
         if kept.get("settings") == mark:
             logger.info("%s: finished before, kept", name)
             value = kept["value"]
@@ -85,7 +93,7 @@ def run_sections(evaluation: Evaluation) -> dict[str, Any]:
             started = time.perf_counter()
             value = SECTIONS[name](evaluation)
             logger.info("%s: %.0f s", name, time.perf_counter() - started)
-            if arguments.resume:
+            if may_be_kept:
                 write_json(path, {"settings": mark, "value": value})
         report |= value if name in NAMED else {KEYS.get(name, name): value}
     return report

@@ -79,6 +79,9 @@ class Evaluation:
         self.nli_scorer = None if arguments.nli_scorer is None else load_nli_scorer(arguments.nli_scorer)
         if self.nli_scorer is not None:
             check_control(self.nli_scorer, standard_control())
+        self.judge = arguments.make_judge()
+        if self.judge is not None:
+            self.judge.client()
         self.lag, self.capacity = model.config.bus_lag, model.config.bus_capacity
         core, hard, factor = arguments.core_documents, arguments.hard_documents, arguments.control_factor
         self.documents = held_out_documents("test", core, hard)

@@ -10,8 +10,8 @@ from typing import Any
 import evaluate
 
 METRICS = (
-    *("agreement", "attribute_consistency", "contradiction", "coverage", "dependency_ce", "note_usage"),
-    *("redundancy", "sibling_fact_recall", "text_similarity"),
+    *("agreement", "attribute_consistency", "contradiction", "coverage", "dependency_ce", "judge"),
+    *("note_usage", "redundancy", "sibling_fact_recall", "text_similarity"),
 )
 """Names of the modules; each is a folder beside this file."""
 

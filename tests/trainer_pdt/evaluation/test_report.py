@@ -107,6 +107,14 @@ def full_evaluation():
         "nli_violation": {"scorer": "worlds", "pdt": {"violation": rate(0.1), "contradicting": rate(0.2)}},
         "consistency": {"pdt": {"redundancy": rate(0.1), "attribute_consistency": rate(0.9)}},
         "similarity": {"pdt": {"rouge_l": rate(0.4), "tf_idf_cosine": rate(0.5), "words_more": rate(0.1)}},
+        "judge": {
+            "pdt_gate": {
+                **{"model": "judge", "pairs": 8, "judged": 8, "stopped": None},
+                "axes": {
+                    "overall": {"net_win_rate": rate(0.1), "win": rate(0.3), "consistent": rate(0.9), "bias": None}
+                },
+            }
+        },
         "dependency_ce": {
             **{"dependency": {"notes": rate(0.2), "no_notes": rate(1.8)}, "dependency_gain": {"no_notes": rate(1.6)}},
             **{"non_dependency": {"notes": rate(0.4)}, "non_dependency_gain": {"no_notes": rate(0.0)}},
@@ -154,7 +162,7 @@ def test_page_is_self_contained_and_complete(page):
     text = page.read_text(encoding="utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text)
     images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", text)
-    assert len(images) == 6
+    assert len(images) == 7
     assert all(base64.b64decode(image).startswith(PNG) for image in images)
     for words in (
         "It met 1 of 2 bars; the others are marked",
@@ -165,7 +173,15 @@ def test_page_is_self_contained_and_complete(page):
     assert 'class="met">met<' in text and 'class="missed">missed<' in text
     assert "<del" in text and " wrong words</del>" in text
     assert {path.name for path in page.with_name("plots").iterdir()} == {
-        *("recall.png", "agreement.png", "coverage.png", "dependency.png", "learning.png", "timeline_2.png"),
+        *(
+            "recall.png",
+            "agreement.png",
+            "coverage.png",
+            "dependency.png",
+            "judge.png",
+            "learning.png",
+            "timeline_2.png",
+        ),
     }
 
 

@@ -1,0 +1,5 @@
+"""The `evaluate` module `judge`."""
+
+from .judge import Judge
+
+__all__ = ["Judge"]
