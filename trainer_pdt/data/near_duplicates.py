@@ -58,6 +58,8 @@ class NearDuplicateIndex:
 
     def __init__(self, path: Path, similarity: float) -> None:
         self.path, self.similarity = path, similarity
+        # Every bin that differs spoils one band at most. Texts of one template share a few bands and are not compared.
+        self.common_bands = max(1, BINS // BAND_BINS - int(BINS * (1 - similarity)))
 
     def __enter__(self) -> "NearDuplicateIndex":
         self.path.unlink(missing_ok=True)
@@ -89,8 +91,9 @@ class NearDuplicateIndex:
         bands = _bands(signature)
         marks = ",".join("?" * len(bands))
         found = self.base.execute(
-            f"SELECT DISTINCT d.id, d.signature FROM bands b JOIN documents d USING (id) WHERE b.band IN ({marks})",
-            bands,
+            "SELECT d.id, d.signature FROM documents d JOIN "
+            f"(SELECT id FROM bands WHERE band IN ({marks}) GROUP BY id HAVING COUNT(*) >= ?) USING (id)",
+            (*bands, self.common_bands),
         )
         return sorted(other for other, known in found if signature_similarity(signature, known) >= self.similarity)
 
