@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -49,8 +49,8 @@ class Stage(Protocol):
     def setting(self) -> Mapping[str, Any]:
         """Everything but its input that changes the stage's output, JSON-able."""
 
-    def content(self, root: Path, number: int) -> ShardContent:
-        """What shard `number` holds; `root` is the folder of the build."""
+    def content(self, root: Path, number: int, mapper: Mapper) -> ShardContent:
+        """What shard `number` holds; `root` is the folder of the build, `mapper` applies a function to documents."""
 
 
 def run_in_line(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -89,16 +89,24 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def in_flight(concurrency: int, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """The function of all items, in order, at most `concurrency` at a time; after an error no new one is begun."""
-    if concurrency == 1:
-        return run_in_line(function, items)
-    with ThreadPoolExecutor(concurrency) as pool:
+def run_waiting(stage: Stage, root: Path, jobs: Iterable[tuple[int, str]]) -> None:
+    """
+    Makes the shards of a stage that waits, two at a time: the next one's documents are begun while the last of one are
+    awaited. Their documents share `stage.concurrency` threads. After an error no new document is begun.
+    """
+    with ThreadPoolExecutor(stage.concurrency) as documents, ThreadPoolExecutor(2) as shards:
+
+        def mapper(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+            return list(documents.map(function, items))
+
+        futures = [shards.submit(_make_shard, stage, root, mapper, job) for job in jobs]
         try:
-            return list(pool.map(function, items))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for pool in (shards, documents):
+                pool.shutdown(wait=False, cancel_futures=True)
+        for future in done:
+            future.result()
 
 
 def run_stage(stage: Stage, root: Path, num_shards: int, mapper: Mapper) -> dict[str, Any]:
@@ -123,7 +131,10 @@ def run_stage(stage: Stage, root: Path, num_shards: int, mapper: Mapper) -> dict
     if missing:
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         jobs = [(number, inputs[number]) for number in missing]
-        (mapper if stage.concurrency == 1 else run_in_line)(partial(_make_shard, stage, root), jobs)
+        if stage.concurrency > 1:
+            run_waiting(stage, root, jobs)
+        else:
+            mapper(partial(_make_shard, stage, root, run_in_line), jobs)
     remove_shards_from(folder, num_shards)
     records = [record for number in range(num_shards) if (record := read_record(folder, number))]
     return write_stage_manifest(folder, records, setting=setting)
@@ -147,6 +158,6 @@ def _is_there(folder: Path, number: int, made_from: str) -> bool:
     return record is not None and record.input == made_from
 
 
-def _make_shard(stage: Stage, root: Path, job: tuple[int, str]) -> None:
+def _make_shard(stage: Stage, root: Path, mapper: Mapper, job: tuple[int, str]) -> None:
     number, made_from = job
-    write_shard(root / stage.name, number, made_from, stage.content(root, number), stage.features)
+    write_shard(root / stage.name, number, made_from, stage.content(root, number, mapper), stage.features)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,7 +15,7 @@ from .preflight import source_from_row
 from .publish import DOCUMENT_FEATURES, document_from_row
 from .quality import check_quality
 from .records import build_document
-from .runner import in_flight
+from .runner import Mapper
 from .schema import Document
 from .splits import SPLIT_FEATURES, Groups, assign_split
 from .storage import Reject, ShardContent, fingerprint, read_shard
@@ -45,10 +46,10 @@ class PlanStage:
         teacher = dict(self.teacher.fingerprint("plans"))
         return {"version": self.version, "options": asdict(self.options), "teacher": teacher}
 
-    def content(self, root: Path, number: int) -> ShardContent:
+    def content(self, root: Path, number: int, mapper: Mapper) -> ShardContent:
         """Plans, and documents without one."""
         sources = [source_from_row(row) for row in read_shard(root / "preflight", number)]
-        results = in_flight(self.concurrency, self._plan, sources)
+        results = mapper(self._plan, sources)
         plans, rejects = _settled((source.document_id for source in sources), results)
         rows = [plan_row(document_id, plan) for document_id, (plan, _) in plans]
         return ShardContent(rows, rejects, {"streams_plan_the_same": sum(clashes for _, (_, clashes) in plans)})
@@ -82,12 +83,12 @@ class NotesStage:
         teacher = dict(self.teacher.fingerprint("notes"))
         return {"version": self.version, "options": asdict(self.options), "teacher": teacher}
 
-    def content(self, root: Path, number: int) -> ShardContent:
+    def content(self, root: Path, number: int, mapper: Mapper) -> ShardContent:
         """Documents; made-up facts take their values from documents of the same shard."""
         plans = {row["document_id"]: plan_from_row(row) for row in read_shard(root / "plans", number)}
         sources = [source_from_row(row) for row in read_shard(root / "preflight", number)]
         pairs = [(source, plans[source.document_id]) for source in sources if source.document_id in plans]
-        results = in_flight(self.concurrency, self._document, pairs)
+        results = mapper(self._document, pairs)
         documents, rejects = _settled((source.document_id for source, _ in pairs), results)
         pool = collect_objects(document for _, document in documents)
         rows = [with_noisy_notes(document, pool, self.options).to_dict() for _, document in documents]
@@ -119,19 +120,19 @@ class SplitStage:
         groups = fingerprint(asdict(self.groups))
         return {"version": self.version, "options": asdict(self.options), "groups": groups}
 
-    def content(self, root: Path, number: int) -> ShardContent:
+    def content(self, root: Path, number: int, mapper: Mapper) -> ShardContent:
         """A split for every document that passes the quality checks."""
         columns = ["document_id", "split"]
         wanted = {row["document_id"]: row["split"] for row in read_shard(root / "preflight", number, columns)}
         documents = [document_from_row(row) for row in read_shard(root / "notes", number)]
-        results = [self._split(document, wanted[document.document_id]) for document in documents]
+        results = mapper(partial(self._split, wanted), documents)
         splits, rejects = _settled((document.document_id for document in documents), results)
         return ShardContent([row for _, row in splits], rejects)
 
-    def _split(self, document: Document, wanted: str | None) -> dict[str, Any] | Rejection:
+    def _split(self, wanted: Mapping[str, str | None], document: Document) -> dict[str, Any] | Rejection:
         try:
             check_quality(document, self.options)
-            return assign_split(document.document_id, wanted, self.groups, self.options)
+            return assign_split(document.document_id, wanted[document.document_id], self.groups, self.options)
         except Rejection as rejection:
             return rejection
 

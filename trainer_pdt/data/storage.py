@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,9 @@ from datasets.table import InMemoryTable
 
 ROWS_FILE, REJECTS_FILE, RECORD_FILE, MANIFEST_FILE = "rows.parquet", "rejects.jsonl", "shard.json", "manifest.json"
 TEMPORARY = ".part-"
+
+_LOADING = threading.Lock()
+"""`load_dataset` replaces functions of other modules as it goes: one thread at a time."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ def read_parquet(path: Path, cache: Path, columns: Sequence[str] | None = None) 
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=cache) as folder:
         choice = {"columns": list(columns)} if columns else {}
         options = {"split": "train", "streaming": True, "cache_dir": folder, **choice}
-        yield from load_dataset("parquet", data_files=[str(path)], **options)
+        with _LOADING:
+            rows = load_dataset("parquet", data_files=[str(path)], **options)
+        yield from rows
 
 
 def shard_folder(stage: Path, number: int) -> Path:

@@ -6,13 +6,15 @@ import random
 import pytest
 from datasets import Dataset, load_dataset
 
-from tests.data_builds import HalvesTeacher, make_builder
-from trainer_pdt.data import pipeline
-from trainer_pdt.data.near_duplicates import near_duplicate_signature, signature_similarity
-from trainer_pdt.data.options import PreflightOptions
+from tests.child_process import wait_until
+from tests.data_builds import HalvesTeacher, all_bytes, make_builder
+from trainer_pdt.data import near_duplicates, pipeline
+from trainer_pdt.data.near_duplicates import NearDuplicateIndex, near_duplicate_signature, signature_similarity
+from trainer_pdt.data.options import PlanOptions, PreflightOptions
 from trainer_pdt.data.preflight import Preflight, check_document, source_from_row
-from trainer_pdt.data.runner import run_in_line
+from trainer_pdt.data.runner import run_in_line, run_stage
 from trainer_pdt.data.sources import SAFE_ID, Columns, make_source, safe_id
+from trainer_pdt.data.stages import PlanStage
 from trainer_pdt.data.storage import Reject, read_rejects, read_shard
 from trainer_pdt.data.teachers import SourceDocument
 
@@ -217,6 +219,28 @@ def test_signatures_estimate_the_share_of_common_shingles():
     assert signature_similarity(near_duplicate_signature(""), near_duplicate_signature("one")) < 1
 
 
+@pytest.mark.parametrize("similarity", [0.5, 0.75, 0.8, 0.95, 1.0])
+def test_the_index_finds_what_comparing_all_finds(tmp_path, similarity):
+    texts = [prose(number // 9, 200).split() for number in range(45)]
+    texts = [" ".join(words[number % 9 * 4 :]) for number, words in enumerate(texts)]
+    signatures = [near_duplicate_signature(text) for text in texts]
+    with NearDuplicateIndex(tmp_path / "index", similarity) as index:
+        for number, signature in enumerate(signatures):
+            alike = [n for n in range(number) if signature_similarity(signature, signatures[n]) >= similarity]
+            assert index.similar(signature) == [f"{n:02d}" for n in alike]
+            index.add(f"{number:02d}", str(number), signature)
+
+
+def test_texts_of_one_template_are_not_compared(tmp_path, monkeypatch):
+    template = prose(0, 150)
+    signatures = [near_duplicate_signature(f"{template} {prose(number, 250)}") for number in range(1, 60)]
+    monkeypatch.setattr(near_duplicates, "signature_similarity", lambda *pair: pytest.fail("compared"))
+    with NearDuplicateIndex(tmp_path / "index", 0.8) as index:
+        for number, signature in enumerate(signatures):
+            assert index.similar(signature) == []
+            index.add(str(number), str(number), signature)
+
+
 def near_copies(tmp_path):
     """Fifteen texts, each with two copies in which one word in forty differs."""
     lines = []
@@ -270,6 +294,40 @@ def test_a_waiting_teacher_is_called_from_threads(tmp_path):
     assert builder.estimate() == {"documents": 16, "requests": 16}
     builder.run()
     assert HalvesTeacher.most == 4
+
+
+def plan_stage(folder, teacher, documents):
+    """The second stage of documents in shards of three; its files."""
+    source = jsonl(folder.with_suffix(".jsonl"), *(line(f"d{seed}", prose(seed)) for seed in range(documents)))
+    preflight(folder / "preflight", source, shard_size=3)
+    run_stage(PlanStage(teacher, PlanOptions()), folder, documents // 3, run_in_line)
+    return all_bytes(folder / "plans")
+
+
+class WaitingTeacher(HalvesTeacher):
+    """The first document takes until one of the next shard was begun."""
+
+    def __init__(self, fail_on=""):
+        super().__init__(2, fail_on)
+        self.begun = []
+
+    def plan(self, source):
+        self.begun.append(source.document_id)
+        if source.document_id == "d0":
+            wait_until(lambda: {"d3", "d4", "d5"} & {*self.begun}, 30.0)
+        return super().plan(source)
+
+
+def test_a_slow_document_holds_up_no_other_shard(tmp_path):
+    shards = plan_stage(tmp_path / "slow", WaitingTeacher(), 6)
+    assert shards == plan_stage(tmp_path / "quick", HalvesTeacher(), 6)
+
+
+def test_after_an_error_no_new_document_is_begun(tmp_path):
+    teacher = WaitingTeacher(fail_on="d1")
+    with pytest.raises(RuntimeError, match="out of budget"):
+        plan_stage(tmp_path / "build", teacher, 60)
+    assert len(teacher.begun) < 20
 
 
 def test_an_error_stops_the_build_and_keeps_finished_shards(tmp_path):
