@@ -29,6 +29,7 @@ EXTRAS = {
     "quality": ["ruff>=0.17,<0.18", "codespell>=2.4,<3", "pre-commit>=4.0,<5"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings>=1.0,<2", "mkdocstrings-python>=2.0,<3"],
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "bertscore": ["bert-score>=0.3.13,<0.4"],
     "space": ["gradio>=6.31,<7"],
     "browser": ["playwright>=1.65,<2"],
 }

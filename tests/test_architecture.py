@@ -16,7 +16,7 @@ MODEL, TRAINER, DATA = "modeling_pdt", "trainer_pdt", "trainer_pdt.data"
 MODEL_THIRD_PARTY = {"torch", "transformers", "peft", "huggingface_hub"}
 DATA_THIRD_PARTY = {"datasets", "huggingface_hub"}
 TRAINER_THIRD_PARTY = MODEL_THIRD_PARTY | {
-    *("accelerate", "datasets", "deepspeed", "evaluate", "jinja2", "matplotlib", "numpy", "rich"),
+    *("accelerate", "bert_score", "datasets", "deepspeed", "evaluate", "jinja2", "matplotlib", "numpy", "rich"),
     *("safetensors", "tokenizers", "tqdm", "yaml"),
 }
 MAX_FILE, MAX_FUNCTION, MAX_LONG_FUNCTION, MAX_RECIPE = 400, 60, 80, 120

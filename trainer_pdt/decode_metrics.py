@@ -8,7 +8,9 @@ from itertools import combinations, pairwise
 from statistics import fmean, median, pstdev
 from typing import Any
 
-from trainer_pdt.decode_runs import DecodeRun
+from .data.counting import wilson_rate
+from .decode_runs import DecodeRun
+from .evaluation.scoring import rate_dict
 
 HISTOGRAM_EDGES = (1, 2, 4, 8, 16)
 ENTROPY_BINS = 20
@@ -118,7 +120,8 @@ def words(text: str) -> list[str]:
 def coverage(run: DecodeRun, threshold: float, band: float) -> dict[str, Any]:
     """
     Items covered (>= threshold + band), missing (<= threshold - band) and partial, by stream; with reference notes
-    also precision, recall and F1 of "covered" (>= threshold) against notes that hold 40 % of the item's words.
+    also precision and recall (Wilson's intervals, over items) and F1 of "covered" (>= threshold) against notes that
+    hold 40 % of the item's words.
     """
     counts, true, false, lost = {}, 0, 0, 0
     for stream, items in run.coverage.items():
@@ -136,8 +139,8 @@ def coverage(run: DecodeRun, threshold: float, band: float) -> dict[str, Any]:
     result: dict[str, Any] = {"by_stream": counts}
     if run.reference_notes:
         result |= {"true_positives": true, "false_positives": false, "false_negatives": lost}
-        result["precision"] = true / (true + false) if true + false else None
-        result["recall"] = true / (true + lost) if true + lost else None
+        result["precision"] = rate_dict(wilson_rate(true, true + false))
+        result["recall"] = rate_dict(wilson_rate(true, true + lost))
         result["f1"] = 2 * true / (2 * true + false + lost) if true + false + lost else None
     return result
 

@@ -92,7 +92,8 @@ def test_coverage_with_and_without_reference_notes():
     run.reference_notes = {"0/a": ["The CROP is barley", "its mayor is old"]}
     measured = coverage(run, 0.5, 0.2)
     assert [measured[f"{kind}s"] for kind in ("true_positive", "false_positive", "false_negative")] == [1, 1, 1]
-    assert measured["precision"] == measured["recall"] == measured["f1"] == 0.5
+    assert measured["precision"]["mean"] == measured["recall"]["mean"] == measured["f1"] == 0.5
+    assert measured["precision"]["low"] == pytest.approx(0.0945, abs=1e-4) and measured["precision"]["n"] == 2
 
 
 def test_texts():

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import PDTForParallelDecoding
 
-from ..data.counting import DocumentCounts, StreamText, count_document, reference_rate
+from ..data.counting import StreamText, count_document, reference_rate
 from ..data.schema import Document, PlanItem, Stream
 from ..data.worlds_lexicon import CUES
 from ..evaluation.benchmark import ratio_summary
 from ..evaluation.modes import section_text
-from ..evaluation.scoring import rate_dict
+from ..evaluation.scoring import plan_adherence, rate_dict
 from ..evaluation.tables import Table
 from ..evaluation.values import scalar, show
 from .answer import Request
@@ -111,13 +111,8 @@ def count_answers(
     return {
         "recall": rate_dict(reference_rate(counts)),
         "references": sum(len(count.select()) for count in counts) / len(counts),
-        "stated": _stated(counts),
+        "stated": plan_adherence(counts)["owned_stated"],
     }
-
-
-def _stated(counts: Sequence[DocumentCounts]) -> float | None:
-    planned = sum(count.planned_items for count in counts)
-    return sum(len(count.stated_items) for count in counts) / planned if planned else None
 
 
 def stream_texts(name: str, run: Run, tokenizer: PreTrainedTokenizerBase, block_size: int) -> list[StreamText]:

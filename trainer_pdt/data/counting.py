@@ -189,19 +189,24 @@ def is_known_value(cue: str, value: str) -> bool:
 def bootstrap_rate(
     clusters: Iterable[tuple[int, int]], resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Rate:
-    """Share of successes over (successes, trials) pairs, one per document, with a cluster bootstrap interval."""
+    """
+    Share of successes over (successes, trials) pairs, one per document, with a cluster bootstrap interval.
+
+    Where it is a ratio of two counts, a document may have successes without trials.
+    """
     every = tuple(clusters)
-    pairs = [pair for pair in every if pair[1]]
+    pairs = [pair for pair in every if any(pair)]
     trials = sum(total for _, total in pairs)
     if not trials:
         return Rate(None, None, None, 0, every)
     rng, rates = random.Random(seed), []
     for _ in range(resamples):
         sample = rng.choices(pairs, k=len(pairs))
-        rates.append(sum(hit for hit, _ in sample) / sum(total for _, total in sample))
+        if tried := sum(total for _, total in sample):
+            rates.append(sum(hit for hit, _ in sample) / tried)
     rates.sort()
-    tail = (1 - level) / 2
-    low, high = rates[int(tail * resamples)], rates[min(int((1 - tail) * resamples), resamples - 1)]
+    tail, drawn = (1 - level) / 2, len(rates)
+    low, high = rates[int(tail * drawn)], rates[min(int((1 - tail) * drawn), drawn - 1)]
     return Rate(sum(hit for hit, _ in pairs) / trials, low, high, trials, every)
 
 

@@ -36,6 +36,15 @@ JUDGE_COLUMNS: dict[str, str] = {
 """Measures of a judge with their names for a reader."""
 
 
+SIMILARITIES: dict[str, str] = {
+    "rouge_l": "ROUGE-L",
+    "tf_idf_cosine": "TF-IDF cosine",
+    "bert_score_f1": "BERTScore F1",
+    "words_more": "words more",
+}
+"""Measures of two answers' likeness with their names for a reader."""
+
+
 def nli_table(evaluation: Mapping[str, Any]) -> Table:
     """Contradictions between the sections of an answer, as an NLI scorer sees them."""
     found, rows = part(evaluation, "nli_violation"), []
@@ -67,11 +76,13 @@ def similarity_table(evaluation: Mapping[str, Any]) -> Table:
     """Answers of each mode beside sequential ones."""
     found, rows = part(evaluation, "similarity"), []
     for name, label in {**JUDGED, "sequential": "sequential (control)"}.items():
-        cells = [show(part(found, name).get(key)) for key in ("rouge_l", "tf_idf_cosine", "words_more")]
+        cells = [show(part(found, name).get(key)) for key in SIMILARITIES]
         if any(cells):
             rows.append([label, *cells])
+    used = [place for place in range(len(SIMILARITIES)) if any(row[place + 1] for row in rows)]
+    rows = [[row[0], *(row[place + 1] for place in used)] for row in rows]
     note = "Means over prompts, beside sequential answers with other draws; the control says what draws alone make."
-    columns = ("decoding", "ROUGE-L", "TF-IDF cosine", "words more")
+    columns = ("decoding", *(list(SIMILARITIES.values())[place] for place in used))
     return Table("Answers beside sequential ones", columns, rows, note if rows else "")
 
 

@@ -1,12 +1,13 @@
 """Sections of an evaluation on whole answers: do the parts fit together, do they differ from sequential ones?"""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.chat_client import BudgetExceeded, ServerUnavailable
 from ..data.counting import bootstrap_rate
 from ..decode_metrics import similarity as pair_similarity
+from .bert_score import bert_score_f1
 from .consistency import (
     NLI_MARGIN,
     attribute_consistency,
@@ -29,19 +30,24 @@ REFERENCE_MODE = "sequential_again"
 SIMILARITIES = ("rouge_l", "tf_idf_cosine", "words_more")
 
 
-def answer_similarity(answers: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, Any]]:
+def answer_similarity(
+    answers: Sequence[str], references: Sequence[str], bert_score: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """
     [`~trainer_pdt.decode_metrics.similarity`] of answers and references to the same prompts, means over prompts.
 
     Args:
         answers (`Sequence[str]`), references (`Sequence[str]`): One per prompt.
+        bert_score (`Mapping[str, Any]`, *optional*): Arguments of `bert_score.BERTScorer`; missing or empty = without.
 
     Returns:
-        `{mean, low, high, n}` by measure of [`SIMILARITIES`]; intervals resample prompts. A pair with an empty
-        reference has no `words_more`.
+        `{mean, low, high, n}` by measure of [`SIMILARITIES`], with `bert_score` also `bert_score_f1`; intervals
+        resample prompts. A pair with an empty reference has no `words_more`.
     """
     pairs = [pair_similarity(*pair) for pair in zip(answers, references, strict=True)]
     values = {name: [pair[name] for pair in pairs if pair[name] is not None] for name in SIMILARITIES}
+    if bert_score:
+        values["bert_score_f1"] = bert_score_f1(answers, references, bert_score)
     return {name: rate_dict(bootstrap_rate((value, 1) for value in found)) for name, found in values.items()}
 
 
@@ -83,8 +89,11 @@ def similarity(evaluation: "Evaluation") -> dict[str, Any]:
     That of sequential decoding itself is the control: as alike as answers are that differ by their draws alone.
     """
     evaluation.calibration()
-    references = _merged(evaluation, REFERENCE_MODE)
-    return {mode: answer_similarity(_merged(evaluation, mode), references) for mode in evaluation.comparable_modes()}
+    references, options = _merged(evaluation, REFERENCE_MODE), evaluation.arguments.bert_score
+    return {
+        mode: answer_similarity(_merged(evaluation, mode), references, options)
+        for mode in evaluation.comparable_modes()
+    }
 
 
 def judge(evaluation: "Evaluation") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from ..arguments import check_whole
 from ..curriculum import check_choice, check_range
 from ..nli import WORLDS
+from .bert_score import check_bert_score
 from .judge import Judge, make_judge
 
 STANDARD_SECTIONS = (
@@ -53,6 +54,8 @@ class EvaluationArguments:
         judge (`dict[str, Any]`, *optional*): Fields of a [`~trainer_pdt.evaluation.judge.Judge`], at least its
             `model`; missing = answers are not judged. What it says is kept in `output_folder`, or in the file `store`.
         judge_documents (`int`, *optional*, defaults to 32): Most documents whose answers are judged.
+        bert_score (`dict[str, Any]`, *optional*): Arguments of `bert_score.BERTScorer` for the section `similarity`;
+            missing = without BERTScore.
         suite (`str`, *optional*, defaults to `"standard"`): What to measure: `"standard"`, or `"full"` for every
             section that needs no documents of its own.
         sections (`list[str]`, *optional*): What to measure in place of a suite: sections of the full one and of
@@ -82,6 +85,7 @@ class EvaluationArguments:
     nli_scorer: str | None = field(default=None, metadata={"help": "Scorer of contradictions: worlds, or a model."})
     judge: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of a judge of answers."})
     judge_documents: int = field(default=32, metadata={"help": "Most documents whose answers are judged."})
+    bert_score: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of BERTScorer."})
     suite: str = field(default="standard", metadata={"help": "What to measure: standard or full."})
     sections: list[str] | None = field(
         default=None, metadata={"help": "What to measure in place of a suite, in order."}
@@ -103,6 +107,8 @@ class EvaluationArguments:
         }.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
+        if self.bert_score:
+            check_bert_score(self.bert_score)
         self.make_judge()
         self._choose_sections()
         self._check_sections()

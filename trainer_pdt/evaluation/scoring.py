@@ -105,6 +105,18 @@ def stated_relative(documents: Sequence[Document], counts: Sequence[DocumentCoun
     return rate_dict(bootstrap_rate(pairs))
 
 
+def references_relative(counts: Sequence[DocumentCounts], baseline: Sequence[DocumentCounts]) -> dict[str, Any]:
+    """
+    Repeated facts, relative to what another way of writing repeats in the same documents.
+
+    A ratio of numbers of facts, so it may pass 1. Documents that only one of the two has written are left out.
+    """
+    others = {count.document_id: len(count.select()) for count in baseline}
+    pairs = [(len(count.select()), others[count.document_id]) for count in counts if count.document_id in others]
+    rate = rate_dict(bootstrap_rate(pairs))
+    return {name: value for name, value in rate.items() if name != "clusters"}
+
+
 def coverage_decisions(
     documents: Sequence[Document], texts: Sequence[Sequence[StreamText]], events: Sequence[Sequence[dict]]
 ) -> list[list[tuple[float, bool]]]:

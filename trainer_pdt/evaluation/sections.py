@@ -54,6 +54,9 @@ WITHOUT_EFFECT = (
 )
 """Arguments that change no figure of a section that is kept, where the adapters are the same."""
 
+OF_ONE_SECTION = {"bert_score": "similarity"}
+"""Arguments that change a single section."""
+
 SECTIONS_FOLDER, DOCUMENTS_FILE = "sections", "documents.json"
 BY_DOCUMENT = ("clusters", "decisions")
 
@@ -78,8 +81,9 @@ def run_sections(evaluation: Evaluation) -> dict[str, Any]:
     """
     arguments, report = evaluation.arguments, {}
     adapters = adapters_mark(evaluation.model) if arguments.resume else ""
-    choices = {name: value for name, value in asdict(arguments).items() if name not in WITHOUT_EFFECT}
+    settings = {key: value for key, value in asdict(arguments).items() if key not in WITHOUT_EFFECT}
     for name in arguments.sections:
+        choices = {key: value for key, value in settings.items() if OF_ONE_SECTION.get(key, name) == name}
         mark = fingerprint({"adapters": adapters, "section": name, **choices})
         path = Path(arguments.output_folder) / SECTIONS_FOLDER / f"{name}.json"
         may_be_kept = arguments.resume and name not in NEVER_KEPT

@@ -41,6 +41,7 @@ from .scoring import (
     plan_adherence,
     rate_dict,
     reference_classes,
+    references_relative,
     rollback_counts,
     select_kind,
     stated_relative,
@@ -199,11 +200,12 @@ class Evaluation:
         recall |= self._swapped()
         chance = matching_chance(held_out_documents("train", CHANCE_DOCUMENTS, CHANCE_DOCUMENTS))
         feasible = [r.cue for count in self.counts["pdt"] for r in count.select("feasible")]
-        sequential = max(1e-9, self._references("sequential"))
         return {
             "sibling_fact_recall": recall,
             "reference_classes": {mode: reference_classes(found) for mode, found in counts.items()},
-            "references_emitted": {mode: self._references(mode) / sequential for mode in counts},
+            "references_emitted": {
+                mode: references_relative(found, counts["sequential"]) for mode, found in counts.items()
+            },
             "chance": {
                 "overall": sum(chance.get(cue, 0.0) for cue in feasible) / max(1, len(feasible)),
                 "by_cue": chance,
@@ -213,10 +215,6 @@ class Evaluation:
                 "owned_stated_relative": stated_relative(self.documents, self.counts["pdt"]),
             },
         }
-
-    def _references(self, mode: str) -> float:
-        """Repeated facts per document."""
-        return sum(len(count.select()) for count in self.counts[mode]) / len(self.counts[mode])
 
     def _swapped(self) -> dict[str, Any]:
         logger.info("writing with swapped notes")

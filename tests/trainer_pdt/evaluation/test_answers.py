@@ -1,19 +1,29 @@
 """Sections on whole answers: consistency with its controls, likeness to sequential ones, and how modes are written."""
 
+import inspect
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.trainer_pdt.evaluation.test_sections import written_of
 from trainer_pdt.evaluation import suite
 from trainer_pdt.evaluation.answer_tables import consistency_table, similarity_table
 from trainer_pdt.evaluation.answers import answer_similarity, consistency, nli, similarity
 from trainer_pdt.evaluation.arguments import EvaluationArguments
+from trainer_pdt.evaluation.bert_score import check_bert_score
 from trainer_pdt.evaluation.consistency import check_control, standard_control, stated_facts
 from trainer_pdt.evaluation.documents import held_out_documents
 from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.features import collect_values
+from trainer_pdt.metrics import load_metric
 from trainer_pdt.nli import score_worlds
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -94,3 +104,40 @@ def test_a_blind_scorer_is_refused_before_anything_is_written(monkeypatch):
     monkeypatch.setattr(suite, "load_nli_scorer", lambda name: lambda one, other: score_worlds(one, one))
     with pytest.raises(ValueError, match="does not see the contradictions of the control"):
         Evaluation(None, None, EvaluationArguments(nli_scorer="blind"))
+
+
+class Scorer:
+    """In place of the library's: F1 is the share of words of the answer that the reference has."""
+
+    made = []
+
+    def __init__(self, **options):
+        self.made.append(options)
+
+    def score(self, answers, references):
+        f1 = torch.tensor(
+            [len(set(a.split()) & set(r.split())) / len(a.split()) for a, r in zip(answers, references, strict=True)]
+        )
+        return f1 * 0, f1 * 0, f1
+
+
+def test_bert_score_is_taken_from_its_library(monkeypatch):
+    options = {"model_type": "a/b", "num_layers": 4}
+    monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(BERTScorer=Scorer, __spec__=object()))
+    found = answer_similarity(["a b", "c d"], ["a x", "c d"], options)
+    assert found["bert_score_f1"]["mean"] == 0.75 and Scorer.made == [options]
+    assert [row[3] for row in similarity_table({"similarity": {"pdt": found}}).rows] == ["0.750 (0.500 to 1.000)"]
+    assert "bert_score_f1" not in answer_similarity(["a"], ["a"], {})
+    assert EvaluationArguments(bert_score=options).bert_score == options
+    with pytest.raises(ValueError, match="with `model_type` or `lang`"):
+        EvaluationArguments(bert_score={"num_layers": 4})
+    found = load_metric("text_similarity").compute(predictions=["a b"], references=["a x"], bert_score=options)
+    assert found["bert_score_f1"]["mean"] == 0.5
+
+
+@pytest.mark.skipif(find_spec("bert_score") is not None, reason="the library is installed")
+def test_without_the_library_bert_score_says_how_to_get_it():
+    with pytest.raises(ImportError, match='pip install "bert-score>='):
+        EvaluationArguments(bert_score={"lang": "en"})
+    (bound,) = re.findall(r'"bertscore": \["(.*?)"\]', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert bound in inspect.getsource(check_bert_score)

@@ -1,5 +1,7 @@
 """Numbers from written documents, against values counted by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from trainer_pdt.data.counting import DocumentCounts, Rate, Reference, StreamText, reference_rate
@@ -15,6 +17,7 @@ from trainer_pdt.evaluation.scoring import (
     precision_recall_curve,
     rate_dict,
     reference_classes,
+    references_relative,
     roc,
     rollback_counts,
     select_kind,
@@ -219,3 +222,14 @@ def test_best_f1_threshold():
     assert best_f1_threshold([[0.0, 0.0, 0.4]]) == 0.4
     with pytest.raises(ValueError, match="the curve is empty"):
         best_f1_threshold([])
+
+
+def test_references_relative_to_another_way_of_writing():
+    def counted(document, references):
+        return SimpleNamespace(document_id=document, select=lambda: [None] * references)
+
+    mine, theirs = [counted("a", 3), counted("b", 1), counted("c", 9)], [counted("a", 4), counted("b", 0)]
+    # The third document was not written by the other way; the second counts although that repeats nothing in it.
+    found = references_relative(mine, theirs)
+    assert (found["mean"], found["n"]) == (1.0, 4) and found.keys() == {"mean", "low", "high", "n"}
+    assert found["low"] == 0.75 < found["high"]

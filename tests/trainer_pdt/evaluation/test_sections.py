@@ -128,6 +128,7 @@ def test_sections_are_kept_for_the_same_arguments_and_adapters(tmp_path, monkeyp
     assert run() == ([], [{"coverage": {"threshold": {"mean": 0.4}}}])
     (tmp_path / "sections/text.json").unlink()
     assert run(threads=1)[0] == ["text"]
+    assert run(threads=1, suite="standard", judge={"model": "m"}, bert_score={})[0] == []
     assert run(eval_seed=3)[0] == list(made)
     assert run(eval_seed=3, adapters=2.0)[0] == list(made)
     before = read_json(tmp_path / "sections/text.json")

@@ -1,6 +1,6 @@
 """How far do answers written in parallel differ from those written one section after another?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -15,11 +15,13 @@ INPUTS = """
 Args:
     predictions (`list[str]`): Answers, for example of parallel decoding.
     references (`list[str]`): Answers to the same prompts, for example of sequential decoding.
+    bert_score (`dict`, *optional*): Arguments of `bert_score.BERTScorer`, `{"model_type": "roberta-large"}` for
+        example; needs the library `bert-score`. Missing = without it.
 
 Returns:
     `dict`: `rouge_l`, `tf_idf_cosine` and `words_more`, the words of the prediction beyond those of the reference over
     the reference's, as `{mean, low, high, n}`; intervals resample prompts. A pair with an empty reference has no
-    `words_more`.
+    `words_more`. With `bert_score` also `bert_score_f1`.
 """
 
 
@@ -30,5 +32,7 @@ class TextSimilarity(evaluate.Metric):
         features = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
         return metric_info(DESCRIPTION, INPUTS, **features)
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-        return take_documents(answer_similarity(predictions, references))[0]
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str], bert_score: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return take_documents(answer_similarity(predictions, references, bert_score))[0]
