@@ -60,7 +60,7 @@ def speed(run: DecodeRun) -> dict[str, Any]:
 
 
 def rollbacks(run: DecodeRun) -> dict[str, Any]:
-    """Events and tokens withdrawn, in all, by stream and by length, and how agreement goes with being withdrawn."""
+    """Blocks withdrawn, in all, by stream and by length, how agreement goes with that, how often a block waited."""
     lengths = [tokens for blocks in run.rollbacks.values() for tokens in blocks]
     scored = [(score, withdrawn) for _, score, withdrawn in run.judged if score is not None]
     names = [*map(str, HISTOGRAM_EDGES), f"over {HISTOGRAM_EDGES[-1]}"]
@@ -69,6 +69,7 @@ def rollbacks(run: DecodeRun) -> dict[str, Any]:
         "events": len(lengths),
         "tokens": sum(lengths),
         "forced": run.forced,
+        "waits": run.waits,
         "per_block": len(lengths) / len(run.judged) if run.judged else None,
         "by_stream": {stream: len(blocks) for stream, blocks in run.rollbacks.items()},
         "length_p50": quantile(lengths, 0.5),

@@ -20,7 +20,7 @@ class DecodeRun:
 
     Args:
         name (`str`): File it came from.
-        plan_vocab_size (`int`), plan_hash_salt (`str`): Buckets of plan items.
+        plan_vocab_size, plan_hash_buckets (`int`), plan_hash_salt (`str`): What plan items are hashed into, and how.
         sections (`dict[str, str]`): Text of every stream.
         merged (`list[str]`): Answer of every prompt.
         prompts (`list[str]`): The prompts, rendered; the original's manifests hold none.
@@ -30,6 +30,7 @@ class DecodeRun:
         judged (`list[tuple[str, float | None, bool]]`): Stream, agreement, withdrawn or not, by judged block.
         rollbacks (`dict[str, list[int]]`): Tokens of every withdrawn block, by stream.
         forced (`int`): Blocks that stand because no retry was left.
+        waits (`int`): Judgements after which a block waited.
         gates (`dict[str, list[float]]`): Scale of the SNC gate at every block of a stream, where it moves.
         margins (`list[float]`): Differences of the two best scores, where tokens were recorded.
         coverage (`dict[str, list[tuple[str, float]]]`): Per stream, text and probability of its plan items.
@@ -41,6 +42,7 @@ class DecodeRun:
 
     name: str
     plan_vocab_size: int
+    plan_hash_buckets: int
     plan_hash_salt: str
     sections: dict[str, str]
     merged: list[str]
@@ -50,6 +52,7 @@ class DecodeRun:
     judged: list[tuple[str, float | None, bool]] = field(default_factory=list)
     rollbacks: dict[str, list[int]] = field(default_factory=dict)
     forced: int = 0
+    waits: int = 0
     gates: dict[str, list[float]] = field(default_factory=dict)
     margins: list[float] = field(default_factory=list)
     coverage: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
@@ -76,7 +79,7 @@ def read_run(path: str | Path) -> DecodeRun:
 
 def _read_own(name: str, manifest: Mapping[str, Any]) -> DecodeRun:
     trace, ended = manifest["trace"], {}
-    blocks = [event for event in trace["events"] if event["kind"] in ("commit", "rollback")]
+    blocks = [event for event in trace["events"] if event["kind"] in ("commit", "rollback", "stall")]
     items = {event["prompt"]: event["items"] for event in trace["events"] if event["kind"] == "plan"}
     streams = {
         (prompt, stream): f"{prompt}/{result['name']}"
@@ -90,16 +93,19 @@ def _read_own(name: str, manifest: Mapping[str, Any]) -> DecodeRun:
     for event in blocks:
         place = event["prompt"], event["stream"]
         stream, withdrawn = streams[place], event["kind"] == "rollback"
+        if event.get("gate_scale") is not None:
+            gates.setdefault(stream, []).append(event["gate_scale"])
+        if event["kind"] == "stall":
+            continue
         rounds_s.append(event["time_s"] - ended.get(place, trace["timings"]["prefill_s"]))
         ended[place] = event["time_s"]
         judged.append((stream, event["agreement"], withdrawn))
         if withdrawn:
             rollbacks[stream].append(len(event["tokens"]))
-        if event.get("gate_scale") is not None:
-            gates.setdefault(stream, []).append(event["gate_scale"])
     return DecodeRun(
         name=name,
         plan_vocab_size=trace["model"]["plan_vocab_size"],
+        plan_hash_buckets=trace["model"]["plan_vocab_size"],
         plan_hash_salt=trace["model"]["plan_hash_salt"],
         sections={stream: manifest["sections"][p][s] for (p, s), stream in streams.items()},
         merged=list(manifest["merged"]),
@@ -109,6 +115,7 @@ def _read_own(name: str, manifest: Mapping[str, Any]) -> DecodeRun:
         judged=judged,
         rollbacks=rollbacks,
         forced=sum(event.get("forced", False) for event in blocks),
+        waits=sum(event["kind"] == "stall" for event in blocks),
         gates=gates,
         margins=[record["margin"] for record in trace.get("tokens", []) if record["margin"] is not None],
         coverage={
@@ -155,7 +162,8 @@ def _read_original(name: str, manifest: Mapping[str, Any]) -> DecodeRun:
     merged = manifest.get("merged_answer") or "\n\n".join(stream["text"] for stream in streams.values())
     return DecodeRun(
         name=name,
-        plan_vocab_size=manifest["plan_hash_buckets"],
+        plan_vocab_size=manifest["plan_vocab_size"],
+        plan_hash_buckets=manifest["plan_hash_buckets"],
         plan_hash_salt=manifest["plan_hash_salt"],
         sections={f"0/{stream}": content["text"] for stream, content in streams.items()},
         merged=[merged],
@@ -192,7 +200,7 @@ def check_comparable(runs: Sequence[DecodeRun]) -> None:
         ValueError: Naming the two runs and the field in which they differ.
     """
     for run in runs[1:]:
-        for name in ("plan_vocab_size", "plan_hash_salt"):
+        for name in ("plan_vocab_size", "plan_hash_buckets", "plan_hash_salt"):
             first, other = getattr(runs[0], name), getattr(run, name)
             if first != other:
                 raise ValueError(

@@ -27,6 +27,7 @@ def make_run(**changes):
     values = {
         "name": "run.json",
         "plan_vocab_size": 512,
+        "plan_hash_buckets": 512,
         "plan_hash_salt": "salt",
         "sections": {"0/a": "barley grows here", "0/b": "the river runs"},
         "merged": ["barley grows here the river runs"],
@@ -36,6 +37,7 @@ def make_run(**changes):
         "judged": [("0/a", 0.9, False), ("0/b", 0.1, True), ("0/b", 0.5, False), ("0/a", 0.3, True)],
         "rollbacks": {"0/a": [4], "0/b": [16]},
         "forced": 1,
+        "waits": 3,
         "calls": 60,
         **changes,
     }
@@ -59,6 +61,7 @@ def test_speed():
 def test_rollbacks():
     measured = rollbacks(make_run())
     assert (measured["events"], measured["tokens"], measured["forced"], measured["per_block"]) == (2, 20, 1, 0.5)
+    assert measured["waits"] == 3
     assert measured["by_stream"] == {"0/a": 1, "0/b": 1}
     assert measured["length_up_to"] == {"1": 0, "2": 0, "4": 1, "8": 0, "16": 1, "over 16": 0}
     assert (measured["length_p50"], measured["length_p95"]) == (10, pytest.approx(15.4))
@@ -122,7 +125,9 @@ def test_runs_are_aggregated_where_they_have_a_number():
     assert not [name for name in measured if "by_stream" in name]
 
 
-@pytest.mark.parametrize(("field", "value"), [("plan_vocab_size", 1024), ("plan_hash_salt", "pepper")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("plan_vocab_size", 1024), ("plan_hash_buckets", 1024), ("plan_hash_salt", "pepper")]
+)
 def test_other_plan_buckets_are_not_compared(field, value):
     check_comparable([make_run(), make_run()])
     with pytest.raises(ValueError, match=rf"two\.json cannot be compared with run\.json: {field} is {value!r}"):

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 
+from trainer_pdt.decode_runs import read_run
 from trainer_pdt.manifest import SCHEMA_FILE, check_manifest, differences, manifest_schema
 from trainer_pdt.schema_check import check_schema
-from trainer_pdt.telemetry import read_json
+from trainer_pdt.telemetry import read_json, write_json
 
 PARTS = ("trace", "plan", "commit", "rollback", "stall", "sensitivity", "stream", "token", "reading")
 
@@ -46,6 +47,16 @@ def manifest():
 
 def test_a_manifest_fits(manifest):
     check_manifest(manifest)
+
+
+def test_a_manifest_is_read_as_a_run(manifest, tmp_path):
+    for event in manifest["trace"]["events"][1:]:
+        event |= {"stream": 0, "gate_scale": 0.5}
+    run = read_run(write_json(tmp_path / "run.json", manifest))
+    assert (run.plan_vocab_size, run.plan_hash_buckets, run.plan_hash_salt) == (512, 512, "salt")
+    assert run.rollbacks == {"0/stream_0": [2]} and run.waits == 1 and run.forced == 0
+    assert run.judged == [("0/stream_0", 0.25, True), ("0/stream_0", 0.25, False)]
+    assert run.gates == {"0/stream_0": [0.5, 0.5, 0.5]}
 
 
 def change(manifest, path, value):
