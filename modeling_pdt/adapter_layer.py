@@ -11,7 +11,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from .configuration_adapter import PDTAdapterConfig
 from .heads import PDTHeads
-from .note_states import NoteStates
+from .note_states import NoteStates, equal_runs
 from .snc import SharedNotesCrossAttention, StreamAdapter
 from .spectral_norm import limit_spectral_norm
 from .trunk_split import TapState, run_lower, run_on, run_upper, share_prefix
@@ -144,7 +144,8 @@ class PDTStack(nn.Module, BaseTunerLayer):
         self, notes: torch.Tensor, mask: torch.Tensor, gate_scale: float | torch.Tensor = 1.0
     ) -> NoteStates:
         """
-        Projects a window of notes for every SNC site.
+        Projects a window of notes for every SNC site. Without gradients, adjacent windows that are equal are projected
+        once.
 
         Args:
             notes (`torch.Tensor` of shape `[G, W, N]`): Window shared by R / G adjacent rows.
@@ -162,8 +163,11 @@ class PDTStack(nn.Module, BaseTunerLayer):
                 f"notes_mask must have shape [rows, window={notes.shape[1]}] or [rows, tokens, window], "
                 f"got {list(mask.shape)}."
             )
-        projected = [snc.project(notes) for snc in self.snc]
+        runs = None if torch.is_grad_enabled() else equal_runs(notes)
+        projected = [snc.project(notes if runs is None else notes[runs[0]]) for snc in self.snc]
         keys, values = (tuple(part) for part in zip(*projected, strict=True))
+        if runs is not None:
+            keys, values = (tuple(site.index_select(0, runs[1]) for site in part) for part in (keys, values))
         return NoteStates(keys, values, mask.bool(), mask.shape[0] // notes.shape[0], gate_scale)
 
     def lower(self, **inputs: Any) -> TapState:

@@ -50,3 +50,21 @@ class NoteStates:
             biases=tuple(bias[rows] for bias in self.biases),
             gate_scale=scale,
         )
+
+
+def equal_runs(windows_GWN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """
+    Adjacent windows that are equal, as siblings' are that write the same round: they need to be projected once.
+
+    Args:
+        windows_GWN (`torch.Tensor` of shape `[G, W, N]`): Notes of every window, hidden ones included.
+
+    Returns:
+        `(starts, run)`: which windows differ from the one before them, `torch.BoolTensor` of shape `[G]`, and the run
+        that each belongs to, `torch.LongTensor` of shape `[G]`; `None` where no two are known to be equal.
+    """
+    if windows_GWN.is_meta:
+        return None
+    starts = torch.ones(len(windows_GWN), dtype=torch.bool, device=windows_GWN.device)
+    starts[1:] = (windows_GWN[1:] != windows_GWN[:-1]).flatten(1).any(dim=1)
+    return None if bool(starts.all()) else (starts, starts.cumsum(0) - 1)

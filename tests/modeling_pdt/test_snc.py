@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_pdt.note_states import NoteStates
+from modeling_pdt.note_states import NoteStates, equal_runs
 from modeling_pdt.snc import RMSNorm, SharedNotesCrossAttention, StreamAdapter, orthogonal_rows
 
 ROWS, TOKENS, WINDOW, WIDTH, NOTES_DIM, HEADS = 6, 5, 7, 16, 12, 4
@@ -157,6 +157,29 @@ def test_selected_rows_of_note_states():
     torch.testing.assert_close(snc(hidden[rows], states.select_rows(rows), 0), expected)
     with pytest.raises(ValueError, match="rows_per_group must be 1"):
         NoteStates((keys,), (values,), mask, 2).select_rows(rows)
+
+
+@pytest.mark.parametrize(("places", "projected"), [([0, 0, 1, 0], 3), ([0, 0, 0, 0], 1), ([0, 1, 2, 3], 4)])
+def test_equal_windows_next_to_each_other_are_projected_once(model, places, projected):
+    notes, seen = torch.randn(4, WINDOW, 16)[places], []
+    mask = torch.rand(4, WINDOW) < 0.5
+    expected = model.project_notes(notes, mask)
+    handle = model.stack.snc[0].k_proj.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    with torch.no_grad():
+        states = model.project_notes(notes, mask)
+    model.project_notes(notes, mask)
+    handle.remove()
+    assert seen == [projected, 4], "with gradients, windows are projected one by one"
+    assert torch.equal(states.mask, expected.mask) and states.rows_per_group == 1
+    for mine, others in ((states.keys, expected.keys), (states.values, expected.values)):
+        for site, other in zip(mine, others, strict=True):
+            torch.testing.assert_close(site, other, atol=1e-6, rtol=0)
+
+
+def test_windows_that_are_not_known_make_no_runs():
+    assert equal_runs(torch.zeros(2, WINDOW, NOTES_DIM, device="meta")) is None
+    starts, run = equal_runs(torch.zeros(2, 0, NOTES_DIM))
+    assert starts.tolist() == [True, False] and run.tolist() == [0, 0]
 
 
 def make_adapter(activation: str = "gelu", dropout: float = 0.0) -> StreamAdapter:
