@@ -136,7 +136,7 @@ def save_trunk(trunk: torch.nn.Module, folder: Path) -> None:
         config.pop(key, None)
     config["architectures"] = [type(trunk).__name__]
     config["dtype"] = str(next(trunk.parameters()).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if trunk.generation_config is not None:
         trunk.generation_config.save_pretrained(folder)
 

@@ -125,6 +125,11 @@ def problem(error: Exception) -> str:
     return view.notice("error", f"{error}" or type(error).__name__)
 
 
+def in_line() -> tuple[str, str]:
+    """What is shown until it is the visitor's turn: board and message."""
+    return view.notice("info", "In line: the model writes one answer at a time."), ""
+
+
 def plan_controls() -> list[gr.components.Component]:
     """Plan and number of streams."""
     plan = gr.Radio(list(PLANS), value=next(iter(PLANS)), label="Plan", elem_id="plan")
@@ -188,13 +193,11 @@ def build(model: str) -> gr.Blocks:
                 start = view.notice("info", "Press Write: the sections appear here, all at once.")
                 stage = gr.HTML(start, elem_id="stage")
         described = [description, num_streams, disagreeing, message]
-        loading = {"inputs": [name], "outputs": described, "show_progress": "hidden"}
-        for trigger in (demo.load, load.click, name.submit):
-            trigger(page.load, **loading)
+        gr.on([demo.load, load.click, name.submit], page.load, [name], described, show_progress="hidden")
         choices = [plan, outline, num_streams, *bus, disagreeing, *sampling]
         inputs, outputs = [name, prompt, *choices], [stage, outline, message]
-        once = {"concurrency_limit": 1, "show_progress": "hidden"}
-        writing = [trigger(page.write, inputs, outputs, **once) for trigger in (run.click, prompt.submit)]
+        asked = gr.on([run.click, prompt.submit], in_line, None, [stage, message], queue=False, show_progress="hidden")
+        writing = asked.then(page.write, inputs, outputs, concurrency_limit=1, show_progress="hidden")
         stop.click(lambda: view.notice("info", "Stopped."), None, message, cancels=writing, show_progress="hidden")
     return demo
 

@@ -200,3 +200,17 @@ def test_a_block_that_waits_is_seen(visit):
     assert page.locator(".pdt-waiting, .pdt-halt, .pdt-withdrawn, .pdt-cell.waiting").count() == 0
     waited = [int(text) for text in re.findall(r"(\d+) waited", " ".join(page.locator("footer").all_inner_texts()))]
     assert page.locator(".pdt-cell .pdt-pause").count() == sum(waited) > 0
+
+
+def test_visitors_take_turns(visit):
+    first, second = visit(), visit()
+    write(first, pace=2, tokens=200)
+    first.wait_for_selector(".pdt-draft")
+    second.press("#prompt textarea", "Shift+Enter")
+    second.wait_for_selector("#stage :text('one answer at a time')")
+    time.sleep(2)
+    assert second.locator(".pdt-board").count() == 0
+    first.click("#stop")
+    second.wait_for_selector(".pdt-column")
+    second.click("#stop")
+    second.wait_for_selector("#message :text('Stopped.')")
