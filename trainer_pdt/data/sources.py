@@ -49,7 +49,8 @@ class Columns:
         id (`str`, *optional*), title (`str`, *optional*), prompt (`str`, *optional*), domain (`str`, *optional*):
             Columns of text.
         text (`str`, *optional*): Column of the whole text, for documents without sections.
-        sections (`str`, *optional*): Column with a list of mappings, or such a list as JSON.
+        sections (`str` or `dict[str, str]`, *optional*): Column with a list of mappings, or such a list as JSON; or
+            header -> column of text, one section each.
         header (`str`, *optional*, defaults to `"header"`), section_text (`str`, *optional*, defaults to `"text"`),
             parts (`str`, *optional*, defaults to `"parts"`): Keys of a section; parts are mappings alike, whose texts
             belong to the section.
@@ -60,7 +61,7 @@ class Columns:
     prompt: str | None = None
     domain: str | None = None
     text: str | None = None
-    sections: str | None = None
+    sections: str | Mapping[str, str] | None = None
     header: str = "header"
     section_text: str = "text"
     parts: str = "parts"
@@ -99,6 +100,8 @@ class Columns:
         return str(value)
 
     def _sections(self, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        if isinstance(self.sections, Mapping):
+            return tuple((header, self._text(row, column) or "") for header, column in self.sections.items())
         value = row[self.sections]
         value = json.loads(value) if isinstance(value, str) else value
         return tuple((self._text(part, self.header) or "", "\n\n".join(self._texts(part))) for part in value)
@@ -162,7 +165,7 @@ class _Files:
 
     files: list[str]
     name: str
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
     domain: str | None = None
     split: str | None = None
 
@@ -319,7 +322,7 @@ class HubSource:
 
     dataset: str
     name: str
-    columns: dict[str, str]
+    columns: dict[str, Any]
     config: str | None = None
     hub_split: str = "train"
     revision: str | None = None
@@ -372,7 +375,7 @@ def _refuse_columns(source: _Files) -> None:
         raise ValueError(f"`columns` of source {source.name!r} is {source.columns!r}, its kind has none.")
 
 
-def _columns(columns: Mapping[str, str]) -> Columns:
+def _columns(columns: Mapping[str, Any]) -> Columns:
     unknown = sorted(columns.keys() - Columns.__dataclass_fields__.keys())
     if unknown:
         allowed = ", ".join(Columns.__dataclass_fields__)

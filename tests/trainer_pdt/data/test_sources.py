@@ -169,6 +169,61 @@ def test_parquet_and_datasets_with_sections(tmp_path):
     assert streamed[0].sections == rows[0].sections
 
 
+WIKIPEDIA = {
+    "name": "Velmar",
+    "identifier": 7,
+    "abstract": prose(0),
+    "sections": [
+        {"name": "Abstract", "type": "section", "has_parts": [{"type": "paragraph", "value": prose(1)}]},
+        {
+            "name": "History",
+            "type": "section",
+            "has_parts": [
+                {"type": "paragraph", "value": prose(2), "links": [{"text": "mar", "url": "https://example.org"}]},
+                {"name": "Mills", "type": "section", "has_parts": [{"type": "paragraph", "value": prose(3)}]},
+            ],
+        },
+    ],
+}
+SQUAD = {"id": "5733be", "title": "Velmar", "context": prose(4), "question": "When?"}
+SQUAD |= {"answers": {"text": ["marden"], "answer_start": [0]}}
+GYM = {"question": prose(5), "answer": "13", "metadata": {"equation": "3*x + 2 = 41", "solution": prose(6)}}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "wanted"),
+    [
+        (
+            WIKIPEDIA,
+            {"id": "identifier", "title": "name", "sections": "sections", "header": "name", "section_text": "value"}
+            | {"parts": "has_parts"},
+            ("7", None, (("Abstract", prose(1)), ("History", f"{prose(2)}\n\n{prose(3)}"))),
+        ),
+        (
+            SQUAD,
+            {"id": "id", "title": "title", "prompt": "question", "text": "context"},
+            ("5733be", "When?", (("", prose(4)),)),
+        ),
+        (
+            GYM,
+            {
+                "prompt": "question",
+                "sections": {"Givens": "metadata.equation", "Execution": "metadata.solution", "Check": "answer"},
+            },
+            ("rows-00000000", prose(5), (("Givens", "3*x + 2 = 41"), ("Execution", prose(6)), ("Check", "13"))),
+        ),
+    ],
+    ids=["structured-wikipedia", "squad", "reasoning-gym"],
+)
+def test_rows_of_known_datasets(tmp_path, row, columns, wanted):
+    (tmp_path / "rows").mkdir()
+    Dataset.from_list([row]).to_parquet(str(tmp_path / "rows" / "train.parquet"))
+    source = {"kind": "hub", "dataset": str(tmp_path / "rows"), "name": "rows", "columns": columns}
+    rows, rejects = preflight(tmp_path / "out", source)
+    assert not rejects
+    assert [(r.document_id, r.prompt, r.sections) for r in rows] == [wanted]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
