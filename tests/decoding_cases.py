@@ -1,6 +1,6 @@
 """Random decoding calls for the comparison of `generate` with the reference decoder, and the models that make them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 
 import torch
@@ -54,7 +54,7 @@ class Numbers:
 
 @cache
 def fuzz_model(name):
-    """A model whose parameters have moved and whose agreement takes values all over [0, 1]."""
+    """A model whose parameters have moved, whose notes change tokens, and whose agreement is anywhere in [0, 1]."""
     trunk, options = MODELS[name]
     with torch.random.fork_rng():
         torch.manual_seed(sum(map(ord, name)))
@@ -63,6 +63,9 @@ def fuzz_model(name):
         with torch.no_grad():
             for parameter in model.pdt_parameters().values():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            for site in model.stack.snc:
+                site.k_proj.weight.mul_(4)
+                site.o_proj.weight.mul_(2)
             model.stack.heads.agreement.score.weight.mul_(8)
             model.stack.heads.agreement.score.bias.fill_(1.5)
     model.config._adapter_config.trained_parts = ["agreement", "coverage"]
@@ -110,17 +113,25 @@ class Case:
             plan_texts=items or None,
             seed_notes=self.seed_notes(),
             interventions=self.made_interventions(),
-            do_sample=False,
             pad_token_id=0,
+            **({"top_k": 0} if self.choices.do_sample else {}),
             return_dict_in_generate=True,
             **{**asdict(self.choices), **further},
         )
+
+    def sections(self):
+        """The tokens of every section that `generate` writes."""
+        return [result.token_ids for rows in self.decode().streams for result in rows]
+
+    def without_notes(self):
+        """The same call in which nobody reads anything."""
+        return replace(self, interventions=[("ablate_plan", None)])
 
     @torch.no_grad()
     def reference(self):
         """The reference decoder after its run."""
         headers = [[int(word) for word in text.split()] for row in self.headers for text in row]
-        items = [[[int(word) for word in text.split()] for text, _ in row] for row in self.items]
+        items = [[([int(word) for word in text.split()], stream) for text, stream in row] for row in self.items]
         model = fuzz_model(self.model)
         further = items, self.seed_notes(), self.made_interventions()
         decoder = ReferenceDecoder(model, self.choices, self.prompts, headers, *further)
@@ -151,19 +162,19 @@ def cadences(draw, streams, horizon):
 @st.composite
 def gates(draw):
     """The choices that decide about blocks, and what follows from the decisions."""
-    threshold = draw(st.sampled_from([None, 0.2, 0.5, 0.5, 0.8, 0.999]))
+    threshold = draw(st.one_of(st.sampled_from([None, 0.5, 0.999]), st.floats(0.05, 0.95), st.floats(0.4, 0.99)))
     values = {
         "agreement_threshold": threshold,
-        "max_retries": draw(st.integers(0, 3)),
+        "max_retries": draw(st.sampled_from([0, 1, 1, 2, 2, 3])),
         "retry_policy": draw(st.sampled_from(["refresh", "refresh", "stale"])),
-        "commit_policy": draw(st.sampled_from(["stream", "stream", "round", "stall"])),
-        "gate_scale": draw(st.sampled_from([1.0, 1.0, 2.0, 0.0])),
-        "logit_blend": draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0])),
+        "commit_policy": draw(st.sampled_from(["stream", "stream", "round", "stall", "stall"])),
+        "gate_scale": draw(st.sampled_from([1.0, 1.0, 2.0, 2.0, 0.5, 0.0])),
+        "logit_blend": draw(st.sampled_from([1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.0])),
     }
     if threshold is not None and values["gate_scale"] >= 0.1 and draw(st.booleans()):
         values["gate_annealing"] = {"decay": 0.4, "cooldown": draw(st.integers(0, 2)), "recovery": 0.3}
         if draw(st.booleans()):
-            values["flicker_guard"] = {"window": 2, "max_std": 0.1, "clamp": draw(st.sampled_from([None, 0.5]))}
+            values["flicker_guard"] = {"window": 2, "max_std": 0.1, "clamp": draw(st.sampled_from([0.0, 4.0, None]))}
     return values
 
 
@@ -178,9 +189,9 @@ def buses(draw, streams):
         "bus_lag": draw(st.sampled_from([1, 1, 2, 3])),
         "bus_capacity": draw(st.integers(least, least + 3)),
         "retention": retention,
-        "topology": draw(st.one_of(st.none(), edges)),
+        "topology": draw(st.one_of(st.none(), st.none(), edges)),
         "self_notes": draw(st.booleans()),
-        "self_only_rounds": draw(st.sampled_from([0, 0, 0, 1, 2])),
+        "self_only_rounds": draw(st.sampled_from([0, 0, 0, 0, 1, 2])),
     }
 
 
@@ -189,22 +200,25 @@ def interventions(draw, prompts, streams):
     """Up to two of them, for all streams or for some."""
     names = [name for name in INTERVENTIONS if prompts > 1 or name != "swap"]
     some = st.lists(st.integers(0, streams - 1), min_size=1, max_size=2, unique=True).map(tuple)
-    return draw(st.lists(st.tuples(st.sampled_from(names), st.one_of(st.none(), some)), max_size=2))
+    chosen = st.lists(st.tuples(st.sampled_from(names), st.one_of(st.none(), some)), min_size=1, max_size=2)
+    return draw(st.one_of(st.just([]), st.just([]), chosen))
 
 
 @st.composite
 def cases(draw, longest=14):
     """Calls with everything that changes tokens; `longest` limits the sections."""
-    streams, prompts = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    block = draw(st.integers(1, 5))
+    streams, prompts = draw(st.sampled_from([2, 2, 3, 3, 4, 1])), draw(st.sampled_from([1, 1, 2, 2, 3]))
+    block = draw(st.sampled_from([2, 3, 4, 1, 5]))
     horizon = draw(st.integers(block, 8))
     choices = Choices(
         num_streams=streams,
-        max_new_tokens=draw(st.integers(1, longest)),
+        max_new_tokens=draw(st.one_of(st.integers(1, longest), st.integers(longest * 2 // 3, longest))),
         block_size=block,
         commit_horizon=horizon,
         cadence=draw(st.one_of(st.none(), st.none(), cadences(streams, horizon))),
-        eos_token_id=draw(st.one_of(st.none(), st.lists(tokens, min_size=1, max_size=12, unique=True))),
+        eos_token_id=draw(st.one_of(st.none(), st.lists(tokens, min_size=3, max_size=12, unique=True))),
+        do_sample=draw(st.booleans()),
+        retry_temperature=draw(st.sampled_from([0.5, 2.0])),
         repetition_penalty=draw(st.sampled_from([None, None, 1.5])),
         plan=draw(st.sampled_from([None, None, "planner"])),
         seed=draw(st.integers(0, 3)),
@@ -214,7 +228,7 @@ def cases(draw, longest=14):
     items = []
     if choices.plan is None and draw(st.booleans()):
         item = st.tuples(texts(1, 5), st.one_of(st.none(), st.integers(0, streams - 1)))
-        items = [draw(st.lists(item, max_size=3)) for _ in range(prompts)]
+        items = [draw(st.one_of(st.lists(item, min_size=2, max_size=3), st.just([]))) for _ in range(prompts)]
     return Case(
         model=draw(st.sampled_from(list(MODELS))),
         choices=choices,

@@ -2,8 +2,8 @@
 A slow decoder to compare with: it follows the documents and has neither cache, batch, padding nor rollback.
 
 Every token of every row comes from one forward over all that the row consists of by then, in which each token reads
-the notes that it read when it was consumed. Notes, coverage and agreement are made from texts alone. A block that is
-withdrawn is cut off a list.
+the notes that it read when it was consumed; see `decoding_reference_model` and `decoding_reference_window`. Notes,
+coverage and agreement are made from texts alone. A block that is withdrawn is cut off a list.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from modeling_pdt.cadence import CADENCE_KEY
 from modeling_pdt.policies import CadencePolicy, FlickerGuard, GateAnnealing
 from modeling_pdt.sampling import fold_keys, keyed_uniform, prompt_keys
-from modeling_pdt.trunk_split import run_upper
+from tests.decoding_reference_model import Reading, TextModel
 from tests.decoding_reference_window import Windows
 
 
@@ -43,6 +43,8 @@ class Choices:
     flicker_guard: dict[str, Any] | None = None
     logit_blend: float = 1.0
     eos_token_id: list[int] | None = None
+    do_sample: bool = False
+    retry_temperature: float = 0.5
     repetition_penalty: float | None = None
     plan: str | None = None
     seed: int = 0
@@ -59,8 +61,8 @@ class Row:
     header: list[int]
     scale: float
     tokens: list[int] = field(default_factory=list)
-    reading: tuple[torch.Tensor, float] | None = None
-    readings: list[tuple[torch.Tensor, float]] = field(default_factory=list)
+    reading: Reading | None = None
+    readings: list[Reading] = field(default_factory=list)
     next_token: int = -1
     block_start: int = 0
     round: int = 0
@@ -88,14 +90,13 @@ class ReferenceDecoder:
         model: A PDT model; its agreement head decides if it counts as trained.
         choices: Of the call.
         prompts, headers: Tokens `[prompt]` and `[row]`.
-        items: Plan items of every prompt as tokens.
+        items: Plan items of every prompt: tokens, and the stream that owns them.
         seeds: Vectors `[places, N]` that are on the bus from the start.
         interventions: In order.
     """
 
     def __init__(self, model, choices, prompts, headers, items=None, seeds=None, interventions=()):
-        self.model, self.stack, self.choices, self.items = model, model.stack, choices, items
-        self.interventions, self.taps = interventions, {}
+        self.choices, self.text = choices, TextModel(model, choices)
         self.judging = "agreement" in model.config.trained_parts
         self.annealing = choices.gate_annealing and GateAnnealing(**choices.gate_annealing)
         self.guard = choices.flicker_guard and FlickerGuard(**choices.flicker_guard)
@@ -106,7 +107,9 @@ class ReferenceDecoder:
         self.rows = [Row(i, p, s, prompts[p], headers[i], choices.gate_scale) for i, (p, s) in enumerate(places)]
         keys = prompt_keys(prompts)
         self.keys = [self._key(keys[row.prompt], row.stream) for row in self.rows]
-        self.plans = [self._plan(prompt, index) for index, prompt in enumerate(prompts)]
+        self.items = items or [[] for _ in prompts]
+        texts = [[ids for ids, _ in row] for row in self.items]
+        self.plans = [self.text.plan(*one) for one in zip(prompts, texts, strict=True)]
         snapshots = [plan if seeds is None else torch.cat([plan, seeds]) for plan in self.plans]
         self.windows = Windows(choices, snapshots, interventions, self._close)
 
@@ -135,116 +138,34 @@ class ReferenceDecoder:
                     row.next_token = self._choose(row)
         return self.rows
 
-    # What the trunk and the heads say, from texts alone.
-
-    def _tap(self, ids):
-        """The lower half over a text, which depends on nothing else."""
-        if tuple(ids) not in self.taps:
-            self.taps[tuple(ids)] = self.stack.lower(input_ids=torch.tensor([ids]))
-        return self.taps[tuple(ids)]
-
-    def _states(self, ids):
-        return self._tap(ids).hidden
-
-    def _plan(self, prompt, index):
-        """Vectors `[places, N]` of the plan items."""
-        heads, nothing = self.stack.heads, torch.zeros(0, self.model.config.notes_dim)
-        if self.choices.plan == "planner":
-            states = self._states(prompt)
-            slots = heads.planner(states, torch.ones(1, len(prompt), dtype=torch.bool)).argmax(dim=-1)[0]
-            return heads.embed_slots(slots[slots > 0])
-        items = self.items[index] if self.items else []
-        made = [heads.encode_items(self._states(ids), torch.ones(1, len(ids), dtype=torch.bool)) for ids in items]
-        return torch.cat([nothing, *made])
-
-    def _logits(self, row):
-        """Logits of the next token: one forward over the whole text."""
-        tap, blend, head = self._tap(row.text), self.choices.logit_blend, self.model.get_output_embeddings()
-        conditioned = head(self._upper(tap, row)[0, -1]) if blend > 0 else 0
-        return blend * conditioned + (1 - blend) * head(self.stack.upper(tap)[0, -1]) if blend < 1 else conditioned
-
-    def _upper(self, tap, row):
-        """The upper half: tokens after the prompt go through the stream's adapter and read what they have read."""
-        config, first = self.stack.pdt_configs[self.stack.active], len(row.start)
-        adapters = self.stack.pdt_stream_adapters[self.stack.active]
-        stream = torch.tensor([[-1] * first + [row.stream % self.model.config.num_streams] * len(row.readings)])
-        inside = config.snc_placement == "after_attention"
-        sites = config.instrumented_layers if inside else [*config.instrumented_layers, len(self.stack.layers)]
-
-        def read(site, hidden):
-            parts, begin = [hidden[:, :first]], 0
-            while begin < len(row.readings):
-                notes, scale = reading = row.readings[begin]
-                end = begin + 1
-                while end < len(row.readings) and row.readings[end] is reading:
-                    end += 1
-                seen = self.model.project_notes(notes[None], torch.ones(1, len(notes), dtype=torch.bool), scale)
-                parts.append(self.stack.snc[site](hidden[:, first + begin : first + end], seen, site))
-                begin = end
-            return torch.cat(parts, dim=1)
-
-        def between(boundary, hidden):
-            if boundary - 1 in config.instrumented_layers:
-                adapter = adapters[config.instrumented_layers.index(boundary - 1)]
-                hidden = adapter(hidden, stream)
-            return read(sites.index(boundary), hidden) if boundary in sites and not inside else hidden
-
-        after = {layer: lambda hidden, site=site: read(site, hidden) for site, layer in enumerate(sites)}
-        return run_upper(self.stack.base_layer, tap, between, None, after if inside else None)
-
     def _choose(self, row):
-        """The likeliest token, after the penalty for tokens of the row's own text."""
-        scores = self._logits(row)
+        """The next token, after the penalty for tokens of the row's own text: the likeliest, or one that is drawn."""
+        scores = self.text.logits(row) / self.choices.retry_temperature ** max(0, row.attempt - 1)
         if self.choices.repetition_penalty is not None:
             seen = torch.tensor(sorted(set(row.text)))
             kept, penalty = scores[seen], self.choices.repetition_penalty
             scores[seen] = torch.where(kept < 0, kept * penalty, kept / penalty)
-        self._close(scores.topk(2).values.diff().abs())
-        return int(scores.argmax())
+        if not self.choices.do_sample:
+            self._close(scores.topk(2).values.diff().abs())
+            return int(scores.argmax())
+        reached = scores.double().softmax(dim=-1).cumsum(dim=-1) - self._draw(row, self.keys[row.number])
+        self._close(reached.abs().min())
+        return int((reached > 0).nonzero()[0])
 
-    def _block_states(self, row):
-        """Tap states of the block `[1, L, D]`, the same one position earlier, and those of the whole section."""
-        states, begin = self._states(row.text), len(row.start) + len(row.header)
-        start = begin + row.block_start
-        return states[:, start:], states[:, start - 1 : -1], states[:, begin:]
-
-    def _note(self, row):
-        """The notes `[K, N]` of the block that the row has just written."""
-        states = self._block_states(row)[0]
-        length = max(self.choices.block_size, states.shape[1])
-        return self.stack.heads.write(states, torch.ones(states.shape[:2], dtype=torch.bool), length)[0]
-
-    def _coverage(self, row):
-        """Probability of each plan item that the section states it."""
-        plan = self.plans[row.prompt]
-        if not len(plan):
-            return []
-        states = self._block_states(row)[2]
-        everything = torch.ones(1, 1, states.shape[1], dtype=torch.bool)
-        return self.stack.heads.coverage(states, everything, plan[None])[0, 0].sigmoid().tolist()
+    def _draw(self, row, key):
+        """A number in [0, 1) for the row's next decision."""
+        return float(keyed_uniform(torch.tensor([len(row.tokens)]), torch.tensor([row.attempt]), state=key))
 
     def _score(self, row, coverage):
         """Agreement of the row's block with what is on the bus."""
-        states, previous, _ = self._block_states(row)
         ahead = max([row.round, *self.windows.from_sources(row)]) - row.round if row.waiting else 0
-        tokens, window = states.shape[1], self.windows.read(row, lag=-ahead)
-        mean = sum(coverage) / len(coverage) if coverage else 0.0
-        logits = self.stack.heads.agreement.token_logits(
-            states,
-            previous,
-            window[None],
-            torch.ones(1, tokens, len(window), dtype=torch.bool),
-            self._note(row).mean(0).expand(1, tokens, -1),
-            torch.full((1, tokens), mean),
-        )
-        score = torch.sigmoid(-torch.logsumexp(-logits, dim=-1))
-        return self.windows.agreement(row, float(score))
+        score = self.text.score(row, self.windows.read(row, lag=-ahead), coverage)
+        return self.windows.agreement(row, score)
 
     # Blocks: when they end, what is decided about them, and what follows.
 
     def _key(self, prompt_key, stream):
-        parts = (torch.tensor([part]) for part in (self.choices.seed, prompt_key, stream))
-        return fold_keys(torch.tensor([CADENCE_KEY]), state=fold_keys(*parts))
+        return fold_keys(*(torch.tensor([part]) for part in (self.choices.seed, prompt_key, stream)))
 
     def _interval(self, stream):
         """M: tokens, or a share rho that stands for tokens."""
@@ -279,8 +200,7 @@ class ReferenceDecoder:
             multiplier = high + (low - high) * min(1, max(0, share))
             multiplier *= 1 + policy.age_boost * max(0, written / interval - 1)
             probability = max(policy.min_probability, probability * min(high, max(low, multiplier)))
-        place = torch.tensor([len(row.tokens)]), torch.tensor([row.attempt])
-        draw = float(keyed_uniform(*place, state=self.keys[row.number]))
+        draw = self._draw(row, fold_keys(torch.tensor([CADENCE_KEY]), state=self.keys[row.number]))
         self._close(abs(draw - probability))
         return draw < probability
 
@@ -288,8 +208,8 @@ class ReferenceDecoder:
         """Notes of all rows that end a block, then the judgement, then commits and withdrawals."""
         rows, stalls = sorted(rows, key=lambda row: row.number), self.choices.commit_policy == "stall"
         for row in rows:
-            self.windows.publish(row, self._note(row))
-        coverage = {row.number: self._coverage(row) for row in rows}
+            self.windows.publish(row, self.text.note(row))
+        coverage = {row.number: self.text.coverage(row, self.plans[row.prompt]) for row in rows}
         scores, withdrawn = self._judge(rows, coverage)
         for row in rows:
             gone, score = row.number in withdrawn, scores.get(row.number)
@@ -298,7 +218,12 @@ class ReferenceDecoder:
             kind = ("stall" if stalls else "rollback") if gone else "commit"
             start, end = row.block_start, len(row.tokens)
             event = {"kind": kind, "round": row.round, "attempt": row.attempt, "start": start, "end": end}
-            row.events.append({**event, "tokens": row.tokens[start:], "call": self.calls, "agreement": score})
+            event |= {"tokens": row.tokens[start:], "call": self.calls, "agreement": score}
+            items = zip(self.items[row.prompt], coverage[row.number], strict=False)
+            owned = {i: value for i, ((_, owner), value) in enumerate(items) if owner in (None, row.stream)}
+            forced = not gone and None not in (score, self.choices.agreement_threshold)
+            event["forced"] = (forced and score < self.choices.agreement_threshold) if kind == "commit" else None
+            row.events.append({**event, "coverage": owned})
             row.waiting = gone and stalls
             if row.waiting:
                 row.attempt, row.heard = row.attempt + 1, len(self.windows.from_sources(row))
@@ -390,10 +315,10 @@ class ReferenceDecoder:
         return row.scale
 
     def _reading(self, row):
-        """What the row's tokens read from now on: notes `[W, N]` and the gate's scale."""
+        """What the row's tokens read from now on."""
         rewriting = row.attempt > 0 and self.choices.retry_policy == "refresh"
         notes = self.windows.read(row, lag=0 if rewriting else self.choices.bus_lag)
-        return notes, self.windows.gate_scale(row, self._scale(row))
+        return Reading(notes, self.windows.gate_scale(row, self._scale(row)))
 
     def _close(self, gap):
         """Remembers how close the closest decision was."""

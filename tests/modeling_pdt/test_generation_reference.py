@@ -1,63 +1,60 @@
 """`generate` writes what the slow reference decoder writes, whatever the choices of the call are."""
 
-import hypothesis
 import pytest
-from hypothesis import HealthCheck, given, settings
 
-from tests.decoding_cases import cases
+from tests.decoding_comparison import compare, differences, drawn_cases, drawn_references
+from tests.decoding_faults import FAULTS
 
-# Closer decisions than this are ties: the two decoders add in different orders.
-TIE = 1e-5
-FIELDS = ("kind", "round", "attempt", "start", "end", "tokens", "call")
-
-
-def told(output):
-    """What the trace says of every row's blocks, and the agreement of each."""
-    blocks, scores = ([[] for rows in output.streams for _ in rows] for _ in range(2))
-    for event in output.trace.events:
-        if event["kind"] in ("commit", "rollback", "stall"):
-            row = event["prompt"] * len(output.streams[0]) + event["stream"]
-            blocks[row].append(tuple(event[name] for name in FIELDS))
-            scores[row].append(event["agreement"])
-    return blocks, scores
+# Faults that the calls of `few` show.
+SOON = ("lag_off_by_one", "rollback_keeps_one_token_too_many", "note_of_the_wrong_producer")
 
 
-def differences(case):
-    """The rows on which `generate` and the reference disagree, and how close the reference's closest decision was."""
-    reference, output = case.reference(), case.decode()
-    results = [(result.token_ids, result.blocks, result.retries) for rows in output.streams for result in rows]
-    found = []
-    for row, result, blocks, scores in zip(reference.rows, results, *told(output), strict=True):
-        expected = [tuple(event[name] for name in FIELDS) for event in row.events]
-        same = result == (row.tokens, row.blocks, row.retries) and blocks == expected
-        if not same or scores != pytest.approx([event["agreement"] for event in row.events], abs=1e-4):
-            found.append((row.number, blocks, expected, scores))
-    return found, reference.closest
+def few():
+    """Three short calls, and their reference decoders."""
+    return drawn_references(3, seed=0, longest=8)
 
 
-def compare(examples, seed, **choices):
-    """Compares so many random calls; returns how many of them differ because of a tie."""
-    ties = []
-
-    @hypothesis.seed(seed)
-    @settings(max_examples=examples, derandomize=False, suppress_health_check=list(HealthCheck))
-    @given(cases(**choices))
-    def check(case):
-        found, closest = differences(case)
-        assert not found or closest < TIE, found[0]
-        ties.extend([case] if found else [])
-
-    check()
-    return len(ties)
+def cases_until_noticed(name, pairs):
+    """
+    How many calls it takes until one differs from its reference, made without the fault; `None` if none does, or if
+    the reference goes wrong in the same way.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        FAULTS[name].plant(monkeypatch)
+        for number, (case, reference) in enumerate(pairs, start=1):
+            if differences(case, reference):
+                return number if differences(case, case.reference()) else None
+    return None
 
 
 def test_a_few_calls():
-    assert compare(5, seed=0, longest=8) == 0
+    assert [differences(case, reference) for case, reference in few()] == [[], [], []]
+
+
+@pytest.mark.parametrize("name", SOON)
+def test_three_planted_faults(name):
+    assert cases_until_noticed(name, few())
 
 
 @pytest.mark.slow
 def test_forty_calls():
     assert compare(40, seed=1) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_planted_fault(name, record_property):
+    number = cases_until_noticed(name, drawn_references(60, seed=2))
+    record_property("cases", number)
+    assert number
+
+
+@pytest.mark.slow
+def test_notes_change_what_is_written():
+    """Else a fault in what is read could not show."""
+    several = [case for case in drawn_cases(40, seed=3) if case.choices.num_streams > 1 and case.choices.logit_blend]
+    changed = [case.sections() != case.without_notes().sections() for case in several]
+    assert sum(changed) > 0.8 * len(several)
 
 
 @pytest.mark.soak
