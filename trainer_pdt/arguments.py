@@ -188,6 +188,8 @@ class DataArguments:
         hard_fraction (`float`, *optional*): Share of procedural training documents with several facts of one type;
             0 when missing.
         max_row_tokens (`int`, *optional*, defaults to 512): Longest row; a longer one is an error, never cut.
+        feature_workers (`int`, *optional*, defaults to 1): Processes that make the features of a published dataset,
+            which `datasets` keeps by fingerprint for the next run.
     """
 
     dataset_path: str | None = field(default=None, metadata={"help": "Published dataset; missing = worlds."})
@@ -200,8 +202,10 @@ class DataArguments:
         default=None, metadata={"help": "Share of procedural documents with several facts of one type."}
     )
     max_row_tokens: int = field(default=512, metadata={"help": "Longest row; a longer one is an error."})
+    feature_workers: int = field(default=1, metadata={"help": "Processes that make features of a published dataset."})
 
     def __post_init__(self) -> None:
+        check_whole("feature_workers", self.feature_workers, 1)
         check_whole("train_documents", self.train_documents, 1)
         check_whole("eval_documents", self.eval_documents, 1)
         check_whole("max_row_tokens", self.max_row_tokens, 2)

@@ -336,7 +336,8 @@ def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[
     parts = [splits[name].select(range(min(count, len(splits[name])))) for name, count in counts.items()]
     maker.values = collect_values(document_from_row(row) for row in parts[0])
     maker.items = collect_items(document_from_row(row) for row in islice(parts[0], VALUE_DOCUMENTS))
-    return tuple(part.map(maker, remove_columns=part.column_names) for part in parts)
+    workers = data.feature_workers if data.feature_workers > 1 else None
+    return tuple(part.map(maker, remove_columns=part.column_names, num_proc=workers) for part in parts)
 
 
 class WorldFeatures(Dataset):

@@ -83,6 +83,22 @@ def test_training_takes_the_dataset(built):
     assert any(source >= 0 for row in train for sources in row["clean"]["source_token"] for source in sources)
 
 
+def features_of(built, workers):
+    maker = FeatureMaker(tokenizer(), 8, 32, "parallel-decoder-v1")
+    return load_features(DataArguments(str(built / "dataset"), 5, 2, feature_workers=workers), maker, seed=0)
+
+
+def test_features_are_kept_until_something_changes(built):
+    first, again = ([part.cache_files for part in features_of(built, 1)] for _ in range(2))
+    assert first == again and all(first)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_features(built):
+    one, two = ([list(part) for part in features_of(built, workers)] for workers in (1, 2))
+    assert one == two
+
+
 @pytest.mark.slow
 def test_the_training_recipe_runs_on_it(built, tmp_path):
     stage = {"name": "bus", "until": 6, "train": ["snc", "writer"], "losses": {"lm_ce": 1.0}}
