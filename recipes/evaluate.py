@@ -25,6 +25,8 @@ def main(args: list[str] | None = None) -> dict:
     """Runs every section and returns what was written to `evaluation.json`."""
     (arguments,) = RecipeParser(EvaluationArguments).parse(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # A line per request to a judge would hide the others.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.set_num_threads(arguments.threads)
     folder = Path(arguments.output_folder)
     model, tokenizer = load_trained(arguments.model, arguments.revision, arguments.trunk_revision)

@@ -144,7 +144,7 @@ def judge_table(evaluation: Mapping[str, Any], reference: str = "sequential answ
 def judge_notes(label: str, report: Mapping[str, Any]) -> list[str]:
     """Who judged how many pairs, whether the place decided, and why some pairs have no verdict."""
     notes = [f"{label}: {scalar(report.get('judged'))} of {scalar(report.get('pairs'))} pairs judged by "]
-    notes[0] += f"{scalar(report.get('model'))}, a win or a loss in both orders."
+    notes[0] += f"{scalar(report.get('model'))}, wins and losses hold in both orders."
     bias = part(report, "axes", "overall").get("bias")
     if bias:
         notes.append(f"This judge prefers what stands {bias}, whatever it is: see how often both orders agree.")
