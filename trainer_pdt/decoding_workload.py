@@ -198,6 +198,8 @@ class DecodingWorkload:
             made = random_trunk(shapes[trunk], dtype, self.device)
         else:
             made = AutoModelForCausalLM.from_pretrained(trunk, dtype=dtype).to(self.device)
+        # What a GenerationConfig leaves open, `transformers.generate` takes from the trunk's own.
+        made.generation_config.eos_token_id = None
         self.parameters, self.config = made.num_parameters(), made.config
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
         self.model = PDTForParallelDecoding.from_trunk(

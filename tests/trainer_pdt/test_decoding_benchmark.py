@@ -123,6 +123,13 @@ def test_all_sides_write_as_many_rows_and_tokens_from_the_same_prompts(workload)
     assert not torch.equal(decodes[0].output[0], decodes[0].output[1]), "rows of one prompt are drawn apart"
 
 
+def test_no_token_of_the_trunk_ends_a_decode():
+    shape = {**SHAPE, "eos_token_id": list(range(1, 1216))}
+    workload = DecodingWorkload(DecodingBenchmarkArguments(**{**SMALL, "shapes": {"ending": shape}}), "ending")
+    ids = workload.prompts(1, 9, seed=1)
+    assert workload.batched(ids, 2, 5).output.shape == workload.full(ids, 2, 5).output.sequences.shape == (2, 14)
+
+
 def test_exactly_the_blocks_named_are_withdrawn_once(workload):
     ids = workload.prompts(1, 9, seed=1)
     decode = workload.full(ids, 2, 9, [(0, 1), (1, 0), (1, 2)])
