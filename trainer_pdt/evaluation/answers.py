@@ -89,11 +89,13 @@ def similarity(evaluation: "Evaluation") -> dict[str, Any]:
     That of sequential decoding itself is the control: as alike as answers are that differ by their draws alone.
     """
     evaluation.calibration()
-    references, options = _merged(evaluation, REFERENCE_MODE), evaluation.arguments.bert_score
-    return {
-        mode: answer_similarity(_merged(evaluation, mode), references, options)
-        for mode in evaluation.comparable_modes()
-    }
+    references, found = _merged(evaluation, REFERENCE_MODE), {}
+    for mode in evaluation.comparable_modes():
+        answers = _merged(evaluation, mode)
+        shared = [name for name in references if name in answers]
+        pairs = ([texts[name] for name in shared] for texts in (answers, references))
+        found[mode] = answer_similarity(*pairs, evaluation.arguments.bert_score)
+    return found
 
 
 def judge(evaluation: "Evaluation") -> dict[str, Any]:
@@ -106,27 +108,34 @@ def judge(evaluation: "Evaluation") -> dict[str, Any]:
     evaluation.calibration()
     parallel = "pdt_gate" if "pdt_gate" in evaluation.comparable_modes() else "pdt"
     references, found = _with_headers(evaluation, "sequential"), {}
+    requests = {document.document_id: document.prompt for document in evaluation.documents}
     for mode in (parallel, "independent"):
-        logger.info("judging %d answers against sequential ones: %s", len(references), mode)
         answers = _with_headers(evaluation, mode)
-        requests = [document.prompt for document in evaluation.documents[: len(answers)]]
+        shared = [name for name in references if name in answers][: evaluation.arguments.judge_documents]
+        logger.info("judging %d answers against sequential ones: %s", len(shared), mode)
+        pairs = [(requests[name], answers[name], references[name]) for name in shared]
         try:
-            found[mode] = judge_pairs(evaluation.judge, list(zip(requests, answers, references, strict=True)))
+            found[mode] = judge_pairs(evaluation.judge, pairs)
         except (BudgetExceeded, ServerUnavailable) as error:
             # The other sections are worth more than this one: the report says why there are no verdicts.
             logger.error("not judged: %s", error)
-            found[mode] = {"model": evaluation.judge.model, "pairs": len(answers), "judged": 0, "stopped": str(error)}
+            found[mode] = {"model": evaluation.judge.model, "pairs": len(pairs), "judged": 0, "stopped": str(error)}
     return {"judge": found}
 
 
-def _with_headers(evaluation: "Evaluation", mode: str) -> list[str]:
-    """The answers that are judged, each section under its heading."""
-    count, written = evaluation.arguments.judge_documents, evaluation.write(mode).texts
-    return [
-        "\n\n".join(f"{s.header}\n{text.text.strip()}" for s, text in zip(document.streams, texts, strict=True))
-        for document, texts in list(zip(evaluation.documents, written, strict=True))[:count]
-    ]
+def _with_headers(evaluation: "Evaluation", mode: str) -> dict[str, str]:
+    """Answers by document, each section under its heading."""
+    return {
+        document.document_id: "\n\n".join(
+            f"{stream.header}\n{text.text.strip()}" for stream, text in zip(document.streams, texts, strict=True)
+        )
+        for document, texts in zip(evaluation.documents_of(mode), evaluation.write(mode).texts, strict=True)
+    }
 
 
-def _merged(evaluation: "Evaluation", mode: str) -> list[str]:
-    return ["\n".join(text.text for text in texts) for texts in evaluation.write(mode).texts]
+def _merged(evaluation: "Evaluation", mode: str) -> dict[str, str]:
+    """Answers by document, sections in plan order."""
+    return {
+        document.document_id: "\n".join(text.text for text in texts)
+        for document, texts in zip(evaluation.documents_of(mode), evaluation.write(mode).texts, strict=True)
+    }

@@ -112,12 +112,16 @@ class Evaluation:
             options: Further arguments of what writes it.
         """
         if mode not in self.written:
-            documents = self.control_documents if mode in CHANCE_MODES else self.documents
+            documents = self.documents_of(mode)
             logger.info("writing %d documents: %s", len(documents), mode)
             write, own = self._way(mode)
             self.written[mode] = self.writers(write, documents, **{**self.common(), **own, **options})
             self.counts[mode] = count_written(documents, self.written[mode].texts, self.lag, self.capacity)
         return self.written[mode]
+
+    def documents_of(self, mode: str) -> list[Document]:
+        """What a mode writes; controls write more documents, and hard ones of their own."""
+        return self.control_documents if mode in CHANCE_MODES else self.documents
 
     def _way(self, mode: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         """What writes a mode, and the options that make it one."""

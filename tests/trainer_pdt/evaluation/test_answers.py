@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 def evaluation():
     """An evaluation in which every mode writes the documents' own texts."""
     made = Evaluation.__new__(Evaluation)
-    made.documents = made.control_documents = held_out_documents("test", 20, 0)
+    made.documents, made.control_documents = held_out_documents("test", 20, 1), held_out_documents("test", 24, 2)
     made.model = SimpleNamespace(
         generation_config=SimpleNamespace(agreement_threshold=0.25), config=SimpleNamespace(block_size=12)
     )
@@ -88,7 +88,9 @@ def test_answers_are_set_beside_sequential_ones(evaluation):
     assert list(found) == ["pdt", "pdt_gate", "independent", "sequential", "full_text"]
     assert ("write_sequential", {"seed": suite.OTHER_DRAWS}) in evaluation.calls
     assert [found["pdt"][name]["mean"] for name in ("rouge_l", "tf_idf_cosine")] == pytest.approx([1, 1])
-    assert found["pdt"]["words_more"]["mean"] == 0
+    assert found["pdt"]["words_more"]["mean"] == found["independent"]["words_more"]["mean"] == 0
+    # Controls write more documents, and hard ones of their own: pairs are made of those that both have written.
+    assert (found["pdt"]["rouge_l"]["n"], found["independent"]["rouge_l"]["n"]) == (21, 20)
     rows = similarity_table({"similarity": found}).rows
     assert "sequential (control)" in [row[0] for row in rows]
     assert answer_similarity(["a b"], [""])["words_more"]["mean"] is None

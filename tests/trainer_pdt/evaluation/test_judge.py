@@ -156,7 +156,8 @@ def test_impossible_judges_are_refused(options, message, tmp_path):
 def section(judge):
     """Three documents of two sections, whose parallel answers are better than the others."""
     documents = [
-        SimpleNamespace(prompt=f"Describe {n}.", streams=[SimpleNamespace(header=h) for h in "AB"]) for n in range(3)
+        SimpleNamespace(document_id=n, prompt=f"Describe {n}.", streams=[SimpleNamespace(header=h) for h in "AB"])
+        for n in range(3)
     ]
     said = {"pdt": "good, good", "independent": "bad", "sequential": "good"}
     return SimpleNamespace(
@@ -165,6 +166,8 @@ def section(judge):
         arguments=SimpleNamespace(judge_documents=2),
         calibration=dict,
         comparable_modes=lambda: list(said),
+        # A control may write its documents in another order.
+        documents_of=lambda mode: documents[::-1] if mode == "independent" else documents,
         write=lambda mode: SimpleNamespace(texts=[[SimpleNamespace(text=said[mode])] * 2] * 3),
     )
 
