@@ -153,10 +153,15 @@ def test_smoke_runs_the_whole_chain():
         "agreement": {"auroc", "repaired", "false_rollback"},
         "text_ce": {"pdt", "trunk"},
         "speed": {"parallel_vs_single", "overhead_vs_shared_prefill"},
+        "nli_violation": {"pdt", "given", "planted"},
+        "consistency": {"pdt", "sequential", "planted"},
+        "similarity": {"pdt", "sequential"},
+        "dependency_ce": {"dependency", "dependency_gain", "non_dependency"},
+        "note_usage": {"gate", "notes", "source"},
     }
     for section, keys in wanted.items():
         assert keys <= evaluation[section].keys()
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert "Sibling-fact recall" in page and "Decoded answers" in page and "data:image/png" in page
     assert read_json(folder / "decode/prompt_1.json")["merged"]
-    assert {path.name for path in (folder / "plots").iterdir()} >= {"recall.png", "learning.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} >= {"recall.png", "learning.png", "dependency.png"}
