@@ -72,10 +72,12 @@ class ToyHandler(BaseHTTPRequestHandler):
         """Nothing on the terminal."""
 
     def do_POST(self) -> None:
-        """A right answer."""
+        """A right answer, the server's latency after the request."""
+        due = time.monotonic() + self.server.latency  # type: ignore[attr-defined]
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        time.sleep(self.server.latency)  # type: ignore[attr-defined]
-        self.reply(200, self.completion(body, json.dumps(self.answer(body))))
+        answer = self.completion(body, json.dumps(self.answer(body)))
+        time.sleep(max(0.0, due - time.monotonic()))
+        self.reply(200, answer)
 
     def answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The right answer to a request, which is one for a plan or for notes by its schema."""
@@ -109,7 +111,7 @@ class ToyServer(ThreadingHTTPServer):
     The server, on a free port.
 
     Args:
-        latency (`float`, *optional*, defaults to 0.0): Seconds per answer.
+        latency (`float`, *optional*, defaults to 0.0): Seconds from a request to its answer, its making included.
         handler (`type`, *optional*, defaults to [`ToyHandler`]): What answers.
     """
 
