@@ -139,7 +139,7 @@ def sections_of(evaluation: Mapping[str, Any], figures: Mapping[str, Path | None
 
     Args:
         evaluation (`dict`): Content of `evaluation.json`.
-        figures (`dict`): PNG by name, `None` where there was no data.
+        figures (`dict`): PNG by name; missing or `None` where there was no data.
     """
     layout = (
         ("Bars", (bars_table,), ()),
@@ -158,7 +158,7 @@ def sections_of(evaluation: Mapping[str, Any], figures: Mapping[str, Path | None
     sections = []
     for title, makers, names in layout:
         tables = [table for table in (maker(evaluation) for maker in makers) if table.rows]
-        images = [path for path in (figures[name] for name in names) if path is not None]
+        images = [path for path in map(figures.get, names) if path is not None]
         if tables or images:
             sections.append(Section(title, tables, images))
     return sections

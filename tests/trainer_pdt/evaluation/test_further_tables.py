@@ -63,8 +63,7 @@ def test_what_was_not_measured_has_no_table(make):
 
 
 def test_they_are_in_the_page_and_in_markdown(tmp_path):
-    figures = dict.fromkeys(("recall", "agreement", "coverage", "learning"))
-    (section,) = sections_of(EVALUATION, figures)
+    (section,) = sections_of(EVALUATION, {})
     assert section.title == "Bounds and factors of decoding" and len(section.tables) == 4
     text = markdown_of(EVALUATION, [], tmp_path)
     for title in ("Two hops", "Factors of decoding", "Thresholds of the gate"):
