@@ -99,6 +99,8 @@ def main() -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_training_report(args.output_dir)
+    # A process that ends beside the threads of a process group may abort.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

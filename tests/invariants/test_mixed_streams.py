@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.data import ConcatDataset
 
 from tests.invariants.test_data_parallel import launch
@@ -62,3 +63,5 @@ def test_two_processes_share_a_mixed_dataset(tmp_path):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # A process that ends beside gloo's threads may abort.
+    torch.distributed.destroy_process_group()
