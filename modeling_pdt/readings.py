@@ -3,6 +3,7 @@
 Letters: A rows in the trunk's batch, W notes of a window, H heads, T tokens, D trunk width.
 """
 
+import threading
 from collections import defaultdict
 from typing import Any
 
@@ -51,6 +52,7 @@ class ReadingRecorder(ParallelDecodingCallback):
             raise ValueError("a ReadingRecorder listens inside a `with` statement.")
         self._stop_listening()
         self.decoder, self.places, self.sums, self.seen = decoder, {}, {}, []
+        self.thread = threading.get_ident()
         for site in decoder.stack.snc:
             self.handles.append(site.register_forward_pre_hook(self._look, with_kwargs=True))
 
@@ -112,8 +114,11 @@ class ReadingRecorder(ParallelDecodingCallback):
             decoder.trace.readings.append({**place, **shares, "notes": notes})
 
     def _look(self, site: nn.Module, inputs: tuple[torch.Tensor], kwargs: dict[str, Any]) -> None:
-        """Keeps gates `[A]` and weights `[A, W + 1]` of a site at the last token of every row."""
+        """Keeps gates `[A]` and weights `[A, W + 1]` of a site at the last token of every row of its own call."""
         hidden_ATD, states, place = inputs[0], kwargs["note_states"], kwargs["site"]
+        # Another call may decode with the same model in another thread.
+        if threading.get_ident() != self.thread:
+            return
         if place == 0:
             self.seen, self.rows_A = [], list(self.decoder.streams.batch_rows)
         mask = states.mask

@@ -1,8 +1,11 @@
 """Who read which note: shares of attention per block, from the same windows that the streams read."""
 
+import threading
+
 import pytest
 import torch
 
+from modeling_pdt.callbacks import ParallelDecodingCallback
 from modeling_pdt.interventions import Ablate, GateZero, RandomGate, Swap
 from modeling_pdt.readings import ReadingRecorder
 
@@ -36,6 +39,18 @@ def test_listening_changes_nothing_and_every_block_is_recorded(model):
     place = ("prompt", "stream", "round", "attempt")
     blocks = [tuple(event[name] for name in place) for event in judged]
     assert sorted(tuple(record[name] for name in place) for record in output.trace.readings) == sorted(blocks)
+
+
+def test_a_call_in_another_thread_is_not_listened_to(model):
+    class Visitor(ParallelDecodingCallback):
+        def on_token(self, *_):
+            thread = threading.Thread(target=decode, args=(model,), kwargs={"max_new_tokens": 3})
+            thread.start()
+            thread.join()
+
+    with ReadingRecorder() as recorder:
+        visited = decode(model, [Visitor(), recorder])
+    assert visited.trace.readings == read(model).trace.readings != []
 
 
 @pytest.mark.parametrize(("retention", "capacity"), [("fifo", 2), ("hybrid", 3)])

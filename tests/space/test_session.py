@@ -112,6 +112,21 @@ def test_who_stops_looking_stops_the_call(loaded):
     assert not any(site._forward_pre_hooks for site in loaded.model.stack.snc)
 
 
+def test_a_call_waits_for_the_one_that_is_being_stopped(loaded, boards):
+    slow = decode(loaded, dataclasses.replace(WISH, max_new_tokens=200, calls_per_second=20), "Answer")
+    while not next(slow).columns:
+        pass
+    seen: list = []
+    wish = dataclasses.replace(WISH, interventions=("random_gate:0.3",))
+    waiting = threading.Thread(target=lambda: seen.extend(decode(loaded, wish, "Answer")))
+    waiting.start()
+    waiting.join(timeout=1)
+    assert waiting.is_alive() and not any(board.columns for board in seen)
+    slow.close()
+    waiting.join(timeout=120)
+    assert [column.text for column in seen[-1].columns] == [column.text for column in boards[-1].columns]
+
+
 def test_errors_of_a_call_reach_the_reader(loaded):
     with pytest.raises(ValueError, match=r"streams must be in \[0, 2\], got \(7,\)"):
         list(decode(loaded, dataclasses.replace(WISH, interventions=("stale@7",)), "Answer"))

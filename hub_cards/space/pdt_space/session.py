@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -29,12 +29,13 @@ REFRESH_SECONDS = 0.12
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that answers, and what the page says of it."""
+    """A model that answers, what the page says of it, and the lock that the call which decodes with it holds."""
 
     name: str
     model: PDTForParallelDecoding
     tokenizer: PreTrainedTokenizerBase
     untrained: tuple[str, ...]
+    turn: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
 
 class ModelShelf:
@@ -139,7 +140,8 @@ def decode(loaded: Loaded, wish: Wish, label: str) -> Iterator[Board]:
     """
     Decodes in a thread; yields the board whenever it has changed, and its last state at the end.
 
-    A reader that stops reading stops the call. What the call raises is raised here.
+    A reader that stops reading stops the call; the next one with this model begins when it has ended. What the call
+    raises is raised here.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     prompt, options = make_call(wish, tokenizer)
@@ -151,7 +153,7 @@ def decode(loaded: Loaded, wish: Wish, label: str) -> Iterator[Board]:
     recorder = BoardRecorder(text, label, wish.calls_per_second)
 
     def work() -> None:
-        with ReadingRecorder() as readings:
+        with loaded.turn, ReadingRecorder() as readings:
             callbacks = [readings, recorder]
             model.generate(inputs["input_ids"], tokenizer=tokenizer, callbacks=callbacks, **options)
 
