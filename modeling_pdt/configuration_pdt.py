@@ -32,6 +32,8 @@ class PDTConfig(PreTrainedConfig):
         block_size (`int`, *optional*, defaults to 12): Tokens of a stream between two synchronisation points.
         bus_lag (`int`, *optional*, defaults to 1): A first writing of round v reads rounds <= v - bus_lag.
         bus_capacity (`int`, *optional*, defaults to 16): Rounds kept readable; snapshot 0 is not counted.
+        plan_on_bus (`bool`, *optional*, defaults to `True`): Plan items are readable as snapshot 0. Without, only the
+            coverage head reads them; seeds of a call stay readable.
         commit_horizon (`int`, *optional*): Newest tokens that may be withdrawn. Defaults to `block_size`.
         plan_hash_salt (`str`, *optional*): Salt of the hash that maps plan items to planner buckets.
     """
@@ -45,6 +47,7 @@ class PDTConfig(PreTrainedConfig):
     block_size: int = 12
     bus_lag: int = 1
     bus_capacity: int = 16
+    plan_on_bus: bool = True
     commit_horizon: int | None = None
     plan_hash_salt: str = "parallel-decoder-v1"
 
@@ -81,6 +84,7 @@ class PDTConfig(PreTrainedConfig):
             "block_size",
             "bus_lag",
             "bus_capacity",
+            "plan_on_bus",
             "commit_horizon",
             "plan_hash_salt",
         )

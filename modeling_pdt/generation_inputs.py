@@ -45,8 +45,8 @@ class Inputs:
         prompts (`list[list[int]]`): Tokens of each prompt, without padding, outline included.
         headers (`list[list[int]]`): Tokens of each row's header.
         entries (`list[list[PlanEntry]]`): Plan items of each prompt.
-        plan_BPN, plan_mask_BP: Snapshot 0: plan items first, then seeds.
-        num_items (`int`): Places of snapshot 0 that are plan items.
+        plan_BPN, plan_mask_BP: Plan items first, then seeds.
+        num_items (`int`): How many of these places are plan items.
         processors, criteria: Logits processors of every row, and the caller's stopping criteria.
         config (`PDTGenerationConfig`): What the processors were made from.
         custom_processors (`bool`): Some of them are the caller's.
@@ -68,6 +68,12 @@ class Inputs:
     interventions: tuple[Intervention, ...] = ()
     plan_source: str | None = None
     separator: list[int] = field(default_factory=list)
+
+    def snapshot_zero(self, plan_on_bus: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What stands on the bus before the first token, and its mask; without `plan_on_bus` the seeds alone."""
+        if plan_on_bus or self.plan_BPN is None:
+            return self.plan_BPN, self.plan_mask_BP
+        return self.plan_BPN[:, self.num_items :], self.plan_mask_BP[:, self.num_items :]
 
 
 def merge_generation_config(

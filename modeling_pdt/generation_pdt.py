@@ -80,8 +80,7 @@ class ParallelDecoder:
             model.config.notes_per_block,
             model.config.notes_dim,
             settings.bus_capacity,
-            inputs.plan_BPN,
-            inputs.plan_mask_BP,
+            *inputs.snapshot_zero(model.config.plan_on_bus),
             device,
             getattr(torch, settings.bus_dtype),
             topology_matrix(settings.topology, settings.num_streams, settings.self_notes),
@@ -316,8 +315,7 @@ class ParallelDecoder:
             def score() -> torch.Tensor:
                 lag = torch.zeros_like(round_M) if self.stalling is None else self.stalling.lag(rows_M)
                 window, window_mask = self._window(self._request(rows_M, round_M, lag))
-                items_mask = None if coverage_MP is None else self.bus.plan_mask_BP[streams.prompt_R[rows_M]]
-                items_mask = None if items_mask is None else items_mask[:, : self.inputs.num_items]
+                items_mask = None if coverage_MP is None else self._items(self.inputs.plan_mask_BP, rows_M)
                 agreement = agreement_of(
                     heads, states, previous, mask, window, window_mask, notes, coverage_MP, items_mask
                 )
@@ -349,8 +347,11 @@ class ParallelDecoder:
         if not self.inputs.num_items:
             return None
         text, mask = self.streams.own_text(rows_M)
-        items = self.bus.plan_BPN[self.streams.prompt_R[rows_M], : self.inputs.num_items].float()
-        return coverage_of(self.stack.heads, text, mask, items)
+        return coverage_of(self.stack.heads, text, mask, self._items(self.inputs.plan_BPN, rows_M).float())
+
+    def _items(self, values_BP: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:
+        """Values of the plan items of each row's prompt."""
+        return values_BP[self.streams.prompt_R[rows_M], : self.inputs.num_items]
 
     def _commit(self, rows_M: torch.Tensor, coverage: list[dict[int, float]]) -> None:
         streams = self.streams

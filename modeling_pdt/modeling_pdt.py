@@ -205,6 +205,8 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
         has_window = any(part is not None for part in (notes, notes_mask, plan_slots, plan_mask))
         if has_window + (note_states is not None) + (rollout is not None) > 1:
             raise ValueError("Give at most one of notes, note_states and rollout; plan_slots go with notes.")
+        if plan_slots is not None and not self.config.plan_on_bus:
+            raise ValueError("plan_slots were given, allowed: none, this model has plan_on_bus=False.")
         if tap is None:
             tap = self._embed(input_ids, attention_mask, position_ids, past_key_values, kwargs)
         stream_ids = expand_stream_ids(stream_ids, tap.hidden)

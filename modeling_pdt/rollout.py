@@ -51,6 +51,7 @@ class Rollout:
         lag_R1 (`torch.LongTensor` of shape `[R, 1]`): Lag of each reader.
         item_ids_BPL, item_mask_BPL (*optional*): Tokens of the plan items; an item without tokens is absent.
         plan_slots_BP, plan_mask_BP (*optional*): Planner buckets, where snapshot 0 is to come from them.
+        plan_on_bus (`bool`): Whether the plan is readable; the coverage head reads it all the same.
         note_ids_RVL, note_mask_RVL (*optional*): Tokens of the true notes of every block, for teacher notes.
         teacher_RV (`torch.BoolTensor` of shape `[R, V]`, *optional*): Blocks whose published note is the teacher's.
         keep_RV (`torch.BoolTensor` of shape `[R, V]`, *optional*): Blocks whose note is published at all.
@@ -71,6 +72,7 @@ class Rollout:
     item_mask_BPL: torch.Tensor | None = None
     plan_slots_BP: torch.Tensor | None = None
     plan_mask_BP: torch.Tensor | None = None
+    plan_on_bus: bool = True
     note_ids_RVL: torch.Tensor | None = None
     note_mask_RVL: torch.Tensor | None = None
     teacher_RV: torch.Tensor | None = None
@@ -85,6 +87,12 @@ class Rollout:
     def rounds(self) -> int:
         """V: rounds that any row of the batch writes."""
         return max(1, int(self.write_round_RT.max()) + 1)
+
+    def snapshot_zero(
+        self, plan_BPN: torch.Tensor | None, plan_mask_BP: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What windows hold of the plan and its mask."""
+        return (plan_BPN, plan_mask_BP) if self.plan_on_bus else (None, None)
 
     def first_reader(self, stream_ids: torch.Tensor | None = None) -> int:
         """Column of the first token, of any row, that reads notes or has a stream `[R, T]`; 0 if there is none."""
@@ -275,8 +283,7 @@ def run_bus(stack: PDTStack, tap: TapState, rollout: Rollout, gate_scale: float 
         rollout.lag_R1,
         rollout.num_streams,
         rollout.capacity,
-        plan,
-        plan_mask,
+        *rollout.snapshot_zero(plan, plan_mask),
     )
     note_states = stack.project_notes(notes, mask, gate_scale)
     return BusRollout(note_states, written, teacher, published, on_bus, plan, plan_mask)
@@ -307,8 +314,7 @@ def agreement_logits(
         torch.zeros_like(rollout.lag_R1),
         rollout.num_streams,
         rollout.capacity,
-        None if bus.plan_BPN is None else bus.plan_BPN.detach(),
-        bus.plan_mask_BP,
+        *rollout.snapshot_zero(None if bus.plan_BPN is None else bus.plan_BPN.detach(), bus.plan_mask_BP),
     )
     index = write_round.clamp(min=0)
     own = bus.written_RVKN.detach().mean(dim=2)

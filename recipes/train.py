@@ -48,10 +48,9 @@ def load_model(
         # Quantised weights have no backward.
         choices["quantization_config"] = Mxfp4Config(dequantize=True)
     trunk = AutoModelForCausalLM.from_pretrained(name, **choices)
-    protocol = {name: getattr(arguments, name) for name in ("block_size", "bus_lag", "bus_capacity")}
-    protocol["trunk_revision"] = getattr(revision, "resolved", revision)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    return PDTForParallelDecoding.from_trunk(trunk, adapter, **protocol), tokenizer
+    loaded = getattr(revision, "resolved", revision)
+    return PDTForParallelDecoding.from_trunk(trunk, adapter, trunk_revision=loaded, **arguments.protocol), tokenizer
 
 
 def main() -> None:

@@ -157,7 +157,8 @@ class ModelArguments:
             parameters are float32.
         experts_implementation (`str`, *optional*): How the trunk's experts are computed.
         block_size (`int`, *optional*, defaults to 12), bus_lag (`int`, *optional*, defaults to 1), bus_capacity
-            (`int`, *optional*, defaults to 16): Of the model's `PDTConfig`, which checks them.
+            (`int`, *optional*, defaults to 16), plan_on_bus (`bool`, *optional*, defaults to `True`): Of the model's
+            `PDTConfig`, which checks them.
         threads (`int`, *optional*): CPU threads of a process; missing = torch's choice.
     """
 
@@ -168,11 +169,17 @@ class ModelArguments:
     block_size: int = field(default=12, metadata={"help": "Tokens of a block."})
     bus_lag: int = field(default=1, metadata={"help": "Rounds until siblings see a note."})
     bus_capacity: int = field(default=16, metadata={"help": "Rounds that stay readable."})
+    plan_on_bus: bool = field(default=True, metadata={"help": "Plan items are readable as snapshot 0."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; default: torch's choice."})
 
     def __post_init__(self) -> None:
         if self.threads is not None:
             check_whole("threads", self.threads, 1)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """The block protocol, as `PDTForParallelDecoding.from_trunk` takes it."""
+        return {name: getattr(self, name) for name in ("block_size", "bus_lag", "bus_capacity", "plan_on_bus")}
 
 
 @dataclass

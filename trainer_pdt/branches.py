@@ -117,6 +117,7 @@ def build_rollout(inputs: Mapping[str, Tensor], config: PDTConfig, lag_R1: Tenso
         lag_R1=lag_R1,
         item_ids_BPL=inputs["item_ids"],
         item_mask_BPL=inputs["item_mask"],
+        plan_on_bus=config.plan_on_bus,
     )
 
 

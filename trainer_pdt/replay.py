@@ -35,7 +35,7 @@ REPLAY_FILE, START_FILE, CHUNK_FILE = "replay.json", "start.safetensors", "tape-
 TAPES = ("logits", "notes", "coverage", "agreement")
 # Fields of `Inputs` that are objects: each has a form of its own in the artefact.
 OBJECTS = ("processors", "criteria", "interventions", "entries", "config")
-MODEL_FIELDS = ("block_size", "bus_lag", "bus_capacity", "commit_horizon", "plan_hash_salt")
+MODEL_FIELDS = ("block_size", "bus_lag", "bus_capacity", "plan_on_bus", "commit_horizon", "plan_hash_salt")
 ADAPTER_FIELDS = ("num_streams", "notes_dim", "notes_per_block", "plan_vocab_size", "trained_parts")
 
 

@@ -81,14 +81,7 @@ class PDTTrainer(RecoverableTrainer):
     ) -> None:
         if curriculum.max_steps != args.max_steps:
             raise ValueError(f"max_steps={args.max_steps}, allowed: that of the curriculum = {curriculum.max_steps}.")
-        frozen = [name for name, parameter in model.pdt_parameters().items() if not parameter.requires_grad]
-        if frozen:
-            raise ValueError(f"{frozen[0]} is frozen, allowed: all PDT parameters trainable (is_trainable=True).")
-        quantizer = quantizer_of(model.trunk)
-        if quantizer is not None and not quantizer.is_trainable:
-            raise ValueError(
-                f"the trunk has no gradient ({type(quantizer).__name__}), allowed: one loaded dequantised."
-            )
+        _check_model(model, curriculum)
         if data_collator is None:
             data_collator = PDTDataCollator.from_config(model.config, kwargs["processing_class"])
         data_collator.with_corrupted |= any(stage.data == "corrupted" for stage in curriculum.stages)
@@ -381,6 +374,19 @@ class PDTTrainer(RecoverableTrainer):
     def _load_adapter(self, folder: str) -> None:
         config = self.model.config
         load_adapter_weights(self.model.peft, self.model.stack.active, folder, config.adapter_subfolder, {})
+
+
+def _check_model(model: PDTForParallelDecoding, curriculum: Curriculum) -> None:
+    """What the stages train has a gradient, and an effect."""
+    frozen = [name for name, parameter in model.pdt_parameters().items() if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(f"{frozen[0]} is frozen, allowed: all PDT parameters trainable (is_trainable=True).")
+    quantizer = quantizer_of(model.trunk)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise ValueError(f"the trunk has no gradient ({type(quantizer).__name__}), allowed: one loaded dequantised.")
+    unread = [stage.name for stage in curriculum.stages if stage.is_active("plan_snapshot")]
+    if unread and not model.config.plan_on_bus:
+        raise ValueError(f"stages[{unread[0]}].losses.plan_snapshot needs a model with plan_on_bus=True, got False.")
 
 
 def _drop_trunk(model: PDTForParallelDecoding, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -69,9 +69,12 @@ def test_batch_of_prompts_is_the_prompts_one_by_one(make_model, name, streams):
     assert ties <= 1
 
 
-@pytest.mark.parametrize(("name", "headers"), [*WITH_HEADERS, ("gpt_oss", [[], [14], []])])
-def test_decoding_is_one_training_forward(make_model, name, headers):
-    model = trained(make_model, name)
+@pytest.mark.parametrize(
+    ("name", "headers", "plan_on_bus"),
+    [*((*case, True) for case in WITH_HEADERS), ("gpt_oss", [[], [14], []], True), ("gpt_oss", [[], [14], []], False)],
+)
+def test_decoding_is_one_training_forward(make_model, name, headers, plan_on_bus):
+    model = trained(make_model, name, plan_on_bus=plan_on_bus)
     prompts = [torch.randint(2, 97, (length,)).tolist() for length in (5, 12)]
     items = torch.randn(2, 2, 16)
     present = torch.tensor([[True, True], [True, False]])
@@ -119,6 +122,7 @@ def training_logits(model, decoder, items, present):
         lag_R1=torch.full((len(rows), 1), decoder.settings.bus_lag),
         plan_slots_BP=torch.zeros(2, items.shape[1], dtype=torch.long),
         plan_mask_BP=present,
+        plan_on_bus=model.config.plan_on_bus,
     )
     heads = model.stack.heads
     heads.embed_slots = lambda slots: items

@@ -132,10 +132,9 @@ def gpt_oss() -> PDTForParallelDecoding:
     """The recipe's model on the meta device; the defaults of `GptOssConfig` are those of the 120B model."""
     adapter, arguments, *_ = parse("1x80gb")
     choices = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
-    protocol = {name: getattr(arguments, name) for name in ("block_size", "bus_lag", "bus_capacity")}
     with torch.device("meta"):
         trunk = GptOssForCausalLM(GptOssConfig(num_hidden_layers=24, num_local_experts=32, **choices))
-        return PDTForParallelDecoding.from_trunk(trunk, adapter, **protocol)
+        return PDTForParallelDecoding.from_trunk(trunk, adapter, **arguments.protocol)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from modeling_pdt.adapter_layer import PDTStack
 from tests.step_passes import FEATURES, READING, branches_of, drifted_teacher, full_batch, moved_model, stage
-from tests.tiny_training import make_collator
+from tests.tiny_training import make_collator, make_model
 from trainer_pdt.branches import build_rollout, reread, silence, student_rollout
 from trainer_pdt.callbacks import parameter_group
 from trainer_pdt.curriculum import LOSS_NAMES, Stage
@@ -65,6 +65,20 @@ def test_a_shared_prefix_changes_no_loss_and_no_gradient(model, batch, ema, tmp_
         results.append([report.total.detach(), *learnt])
     for shared, whole in zip(*results, strict=True):
         torch.testing.assert_close(shared, whole, atol=1e-6 * float(whole.abs().max()) + 1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("plan_on_bus", [True, False])
+def test_without_the_plan_on_the_bus_its_items_train_coverage_alone(batch, tmp_path, plan_on_bus):
+    model, both = make_model(plan_on_bus=plan_on_bus), stage(["lm_ce", "cov"])
+    view = batch["corrupted"]
+    other = {**view, "item_ids": view["item_ids"].flip(0), "item_mask": view["item_mask"].flip(0)}
+    losses = []
+    for inputs in (view, other):
+        branches, arguments = branches_of(model, inputs, both, tmp_path)
+        losses.append(loss_parts(branches, inputs, both, arguments))
+    first, second = losses
+    assert torch.equal(first["lm_ce"], second["lm_ce"]) is not plan_on_bus
+    assert not torch.equal(first["cov"], second["cov"])
 
 
 @pytest.mark.parametrize("loss", LOSS_NAMES)

@@ -253,6 +253,9 @@ def test_bad_set_ups_are_refused(tmp_path):
     next(iter(model.pdt_parameters().values())).requires_grad_(False)
     with pytest.raises(ValueError, match="is frozen, allowed: all PDT parameters"):
         make_trainer(tmp_path, model=model)
+    stage = {**BUS_STAGE, "losses": {"plan_snapshot": 1.0}}
+    with pytest.raises(ValueError, match=r"stages\[bus\].losses.plan_snapshot needs a model with plan_on_bus=True"):
+        make_trainer(tmp_path, [stage], make_model(plan_on_bus=False))
 
 
 def test_the_tiny_recipe_builds_and_has_a_new_document_for_every_place():
