@@ -23,7 +23,7 @@ from .chat_client import BYTES_PER_TOKEN, ChatRequest
 from .chat_prompts import Messages, Passage, make_passages, notes_messages, plan_messages
 from .language import language_of
 from .schema import Coverage, Entity, Fact, PlanItem, Span
-from .statements import cut_at_sentence, whole_value
+from .statements import cut_at_sentence, find_whole
 from .teachers import Plan, SectionNotes, SourceDocument, StreamPlan, TeacherStage
 
 RULES_VERSION = 1
@@ -180,7 +180,7 @@ def read_notes(source: SourceDocument, plan: Plan, text: str) -> tuple[SectionNo
     """
     answer = parse_answer(NotesAnswer, text)
     sections = [source.text[stream.start : stream.end] for stream in plan.streams]
-    told = "\n".join([plan.prompt, *(s.header for s in plan.streams), *(item.text for item in plan.items)])
+    told = "\n".join([plan.prompt, *(s.header for s in plan.streams), *(item.text for item in plan.items)]).lower()
     owners = {item.item_id: item.stream for item in plan.items}
     lines = {item.item_id: item.text.lower() for item in plan.items}
     entities = {"e0": Entity("e0", source.title or plan.prompt, source.domain)}
@@ -195,7 +195,7 @@ def read_notes(source: SourceDocument, plan: Plan, text: str) -> tuple[SectionNo
             continue
         value = statement.value
         fits = value not in values.values() if number == owner else values.get(statement.item_id) == value
-        is_told = value.lower() in lines[statement.item_id] or whole_value(value, True).search(told)
+        is_told = value.lower() in lines[statement.item_id] or find_whole(value.lower(), told) >= 0
         if fits and not is_told and notes[number].add(statement, owner, entities):
             values.setdefault(statement.item_id, value)
     if not values:
@@ -216,9 +216,8 @@ class _Section:
 
     def find(self, statement: StatementAnswer) -> tuple[int, int] | None:
         """Character range of the value within its quote, if the text holds them."""
-        quote = self.text.find(statement.quote)
-        found = whole_value(statement.value).search(statement.quote) if quote >= 0 else None
-        return (quote + found.start(), quote + found.end()) if found else None
+        quote, place = self.text.find(statement.quote), find_whole(statement.value, statement.quote)
+        return (quote + place, quote + place + len(statement.value)) if min(quote, place) >= 0 else None
 
     def add(self, statement: StatementAnswer, owner: int, entities: Mapping[str, Entity]) -> bool:
         """Notes a statement that was found, unless its item or its place has one already; whether it did."""
@@ -239,7 +238,7 @@ class _Section:
         self.stated.sort(key=lambda pair: pair[0].start)
         subjects = {fact.subj_id for _, fact in self.stated}
         return SectionNotes(
-            tuple(e for e in entities.values() if e.id in subjects or whole_value(e.name).search(self.text)),
+            tuple(e for e in entities.values() if e.id in subjects or find_whole(e.name, self.text) >= 0),
             tuple(fact for _, fact in self.stated),
             tuple(span for span, _ in self.stated),
             tuple(

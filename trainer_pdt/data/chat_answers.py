@@ -111,6 +111,7 @@ def _fields(record: type) -> dict[str, tuple[Any, About]]:
     return {name: (hint.__origin__, hint.__metadata__[0]) for name, hint in hints.items()}
 
 
+@cache
 def answer_schema(record: type) -> dict[str, Any]:
     """The JSON Schema of an answer: every property required, no other one allowed."""
     properties = {name: _schema(hint, about) for name, (hint, about) in _fields(record).items()}

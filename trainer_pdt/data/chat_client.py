@@ -8,9 +8,10 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ FEWEST_BYTES_PER_TOKEN = 2
 MAX_BACKOFF_S = 60.0
 FATAL_STATUS, TEMPORARY_STATUS = (401, 402, 403, 404, 405), (408, 409, 425, 429)
 TEMPORARY = ("rate_limited", "server_error", "timed_out", "connection_failed")
+STOPPED = "stopped"
+"""Outcome of a request that the end of the build has ended; it tells nothing of the server."""
 
 CORRECTION = "Your answer cannot be used: {problem} Give the whole answer again, as JSON and with this corrected."
 
@@ -66,7 +69,7 @@ class ChatRequest:
     seed: int
     version: int
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Fingerprint of all that the answer depends on."""
         parts = [self.model, self.messages, self.schema, self.temperature, self.seed, self.version]
@@ -141,14 +144,26 @@ def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema), "strict": True}}
 
 
-class _SchemaClient(InferenceClient):
-    """For a server at a `base_url`, `InferenceClient` writes schemas as TGI does; others would ignore that form."""
+class _PlaceClient(InferenceClient):
+    """
+    Holds a place while a request is on its way, and at no other time: not while it is written or its answer read.
+
+    For a server at a `base_url`, `InferenceClient` writes schemas as TGI does; others would ignore that form.
+
+    Args:
+        place (`Callable[[], AbstractContextManager]`): Waits for a place and frees it at its end.
+    """
+
+    def __init__(self, place: Callable[[], AbstractContextManager[None]], **choices: Any) -> None:
+        super().__init__(**choices)
+        self._place = place
 
     def _inner_post(self, request_parameters: Any, **choices: Any) -> Any:
         form = request_parameters.json["response_format"]
         if form["type"] == "json_object":
             request_parameters.json["response_format"] = response_format(form["value"])
-        return super()._inner_post(request_parameters, **choices)
+        with self._place():
+            return super()._inner_post(request_parameters, **choices)
 
 
 class ChatClient:
@@ -167,7 +182,8 @@ class ChatClient:
         self.store = AnswerStore(options.store, options.budget_tokens, options.budget_usd)
         # Without a key the client would send the Hub's token to whatever server is named.
         token = api_key or ("none" if options.base_url else None)
-        self._client = _SchemaClient(
+        self._client = _PlaceClient(
+            self._place,
             base_url=options.base_url,
             provider=options.provider,  # type: ignore[arg-type]
             token=token,
@@ -216,25 +232,32 @@ class ChatClient:
     ) -> Answer:
         """One request, entered before and settled after; raises `_Failure`."""
         most = self._most(request, max_tokens, problem)
-        outcome, usage, text = "stopped", most, None
-        with ExitStack() as place:
-            place.enter_context(self._places)
-            number = self._reserve(request, most)
-            try:
-                text, usage = self._send(request, max_tokens, problem, most)
-                # The next request goes out while this one's answer is read.
-                place.close()
-                answer = read(text)
-                outcome = FINISHED
-                return answer
-            except _Failure as failure:
-                outcome, usage = failure.reason, failure.usage
-                raise
-            except InvalidAnswer as invalid:
-                outcome = invalid.reason
-                raise _Failure(invalid.reason, invalid.detail, usage, is_answer=True) from invalid
-            finally:
-                self._settle(number, outcome, usage, text if outcome == FINISHED else None)
+        number = self._reserve(request, most)
+        outcome, usage, text = STOPPED, most, None
+        try:
+            text, usage = self._send(request, max_tokens, problem, most)
+            answer = read(text)
+            outcome = FINISHED
+            return answer
+        except _Failure as failure:
+            outcome, usage = failure.reason, failure.usage
+            raise
+        except InvalidAnswer as invalid:
+            outcome = invalid.reason
+            raise _Failure(invalid.reason, invalid.detail, usage, is_answer=True) from invalid
+        except ServerUnavailable:
+            # It was waiting for a place, and is not sent.
+            usage = Usage()
+            raise
+        finally:
+            self._settle(number, outcome, usage, text if outcome == FINISHED else None)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of the places for requests in flight; nothing more is sent to a server that has failed too often."""
+        with self._places:
+            self._require_server()
+            yield
 
     def _most(self, request: ChatRequest, max_tokens: int, problem: str | None) -> Usage:
         size = request.bytes() + len((problem or "").encode())
@@ -261,8 +284,10 @@ class ChatClient:
         with self._settled:
             self.store.settle(number, outcome, usage, answer)
             self._in_flight -= 1
-            is_temporary = outcome in TEMPORARY
-            self._failures_in_a_row = self._failures_in_a_row + 1 if is_temporary else 0
+            if outcome in TEMPORARY:
+                self._failures_in_a_row += 1
+            elif outcome != STOPPED:
+                self._failures_in_a_row = 0
             self._settled.notify_all()
             self._require_server()
 

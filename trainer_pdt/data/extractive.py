@@ -19,6 +19,7 @@ from .statements import (
     content_words,
     cut_at_sentence,
     find_statements,
+    find_whole,
     split_sentences,
     whole_value,
 )
@@ -303,12 +304,15 @@ def _is_new(statement: Statement, chosen: Sequence[Statement], told: Sequence[st
     """Whether nothing told or planned holds the value, no chosen value is in its cue, and cue and value are unused."""
     value, own_text = statement.value, item_text(statement)
     plan_texts = [*told, *(item_text(other) for other in chosen)]
-    if value.lower() in own_text.lower() or any(whole_value(value, True).search(text) for text in plan_texts):
+    if value.lower() in own_text.lower() or any(_tells(text, value) for text in plan_texts):
         return False
     return not any(
-        other.cue == statement.cue or other.value == value or whole_value(other.value, True).search(own_text)
-        for other in chosen
+        other.cue == statement.cue or other.value == value or _tells(own_text, other.value) for other in chosen
     )
+
+
+def _tells(text: str, value: str) -> bool:
+    return find_whole(value.lower(), text.lower()) >= 0
 
 
 def stated_spans(items: Sequence[StatedItem], stream: int) -> list[Span]:

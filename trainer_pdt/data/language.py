@@ -16,7 +16,6 @@ FREQUENT_WORDS = {
 }
 """Frequent words of languages in the Latin script, by ISO 639-1 code."""
 
-_SETS = {code: frozenset(words.split()) for code, words in FREQUENT_WORDS.items()}
 _WORD = re.compile(r"[^\W\d_]+")
 _MIN_HITS, _MIN_LEAD = 4, 1.3
 
@@ -34,18 +33,28 @@ def language_of(text: str, characters: int = 4000) -> str | None:
         text is too short or its language is none of these.
     """
     text = text[:characters]
-    letters = [character for character in text if character.isalpha()]
-    scripts = Counter("latin" if letter.isascii() else _script(letter) for letter in letters)
-    if not scripts:
-        return None
-    script, count = scripts.most_common(1)[0]
-    if script != "latin":
-        return script if count > len(letters) / 2 else None
-    words = Counter(word.lower() for word in _WORD.findall(text))
-    hits = sorted(((sum(words[word] for word in known), code) for code, known in _SETS.items()), reverse=True)
-    (best, code), (second, _) = hits[:2]
+    # Most texts are ASCII as a whole, and no letter of theirs has to be looked at.
+    if not text.isascii():
+        letters = [character for character in text if character.isalpha()]
+        scripts = Counter("latin" if letter.isascii() else _script(letter) for letter in letters)
+        script, count = scripts.most_common(1)[0] if scripts else ("latin", 0)
+        if script != "latin":
+            return script if count > len(letters) / 2 else None
+    hits = Counter(code for word in _WORD.findall(text) for code in _CODES.get(word.lower(), ()))
+    (best, code), (second, _) = sorted(((hits[code], code) for code in FREQUENT_WORDS), reverse=True)[:2]
     return code if best >= _MIN_HITS and best >= _MIN_LEAD * second else None
 
 
 def _script(letter: str) -> str:
     return unicodedata.name(letter, "unknown").split()[0].lower().split("-")[0]
+
+
+def _codes_by_word() -> dict[str, tuple[str, ...]]:
+    codes: dict[str, set[str]] = {}
+    for code, words in FREQUENT_WORDS.items():
+        for word in words.split():
+            codes.setdefault(word, set()).add(code)
+    return {word: tuple(found) for word, found in codes.items()}
+
+
+_CODES = _codes_by_word()

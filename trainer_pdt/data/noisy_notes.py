@@ -57,9 +57,9 @@ def _noisy(
         lost, wrong, told, choice = (rng.random() for _ in range(4))
         if lost < options.noisy_drop:
             continue
-        others = [value for value in pool.get(fact.predicate, ()) if value != fact.object]
-        if wrong < options.noisy_hallucinate and others:
-            fact = _wrong(fact, others[int(choice * len(others))], entities)
+        if wrong < options.noisy_hallucinate:
+            others = [value for value in pool.get(fact.predicate, ()) if value != fact.object]
+            fact = _wrong(fact, others[int(choice * len(others))], entities) if others else fact
         if told < options.noisy_paraphrase:
             fact = _paraphrased(fact, words, entities)
         facts.append(fact)

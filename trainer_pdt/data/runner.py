@@ -5,8 +5,10 @@ redoes exactly the stages that depend on it, a killed build goes on at its first
 processes changes nothing.
 """
 
+import gc
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -31,6 +33,9 @@ from .storage import (
 )
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+SWITCH_SECONDS = 0.001
+"""Python's own 5 ms stretch requests of 50 ms to 79 while a thread computes, 1 ms to 62 (`docs/experiments.md`)."""
+
 Mapper = Callable[[Callable[[Item], Result], Sequence[Item]], list[Result]]
 """Applies a function to a list, in order."""
 
@@ -89,12 +94,28 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
+@contextmanager
+def short_stops() -> Iterator[None]:
+    """
+    Threads that have their answer go on soon, whatever another one computes: they get the interpreter after
+    `SWITCH_SECONDS`, and garbage is looked for only among what is made from now on, not in all imported libraries.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(before)
+
+
 def run_waiting(stage: Stage, root: Path, jobs: Iterable[tuple[int, str]]) -> None:
     """
     Makes the shards of a stage that waits, two at a time: the next one's documents are begun while the last of one are
     awaited. Their documents share `stage.concurrency` threads. After an error no new document is begun.
     """
-    with ThreadPoolExecutor(stage.concurrency) as documents, ThreadPoolExecutor(2) as shards:
+    with short_stops(), ThreadPoolExecutor(stage.concurrency) as documents, ThreadPoolExecutor(2) as shards:
 
         def mapper(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
             return list(documents.map(function, items))

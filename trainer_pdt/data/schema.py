@@ -162,6 +162,12 @@ class Document:
 
 def _plain(value: Any) -> Any:
     """A record without its classes; `dataclasses.asdict` also copies what cannot change, at several times the cost."""
+    # Most entries are scalars: a call for each would take most of the time.
     if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    return {name: _plain(entry) for name, entry in vars(value).items()} if hasattr(value, "__dict__") else value
+        return [entry if type(entry) in _SCALARS else _plain(entry) for entry in value]
+    if hasattr(value, "__dict__"):
+        return {name: entry if type(entry) in _SCALARS else _plain(entry) for name, entry in vars(value).items()}
+    return value
+
+
+_SCALARS = frozenset((str, int, float, bool))

