@@ -101,6 +101,8 @@ class PDTGenerationConfig(GenerationConfig):
         for name in ("num_streams", "block_size", "commit_horizon", "bus_lag", "bus_capacity"):
             if getattr(self, name) is not None:
                 check_integer(owner, name, getattr(self, name), 1)
+        if self.max_new_tokens is not None:
+            check_integer(owner, "max_new_tokens", self.max_new_tokens, 1)
         check_integer(owner, "max_retries", self.max_retries, 0)
         check_range(owner, "retry_temperature", self.retry_temperature, 0.01, 10)
         check_choice(owner, "commit_policy", self.commit_policy, COMMIT_POLICIES)

@@ -56,6 +56,13 @@ def parallel_generate(
     Raises:
         ValueError: For an impossible argument, naming it and the allowed range.
     """
+    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in model.stack.modules()):
+        raise ValueError("activation checkpointing drops the cache in training mode: call model.eval() to generate.")
+    dtype = model.stack.heads.note_norm.weight.dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"adapters must be float32, got {dtype}: load the model anew, dtype of from_pretrained is the trunk's."
+        )
     config = merge_generation_config(model, generation_config, kwargs)
     inputs, settings = prepare_inputs(
         model,

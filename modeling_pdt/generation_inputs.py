@@ -23,7 +23,6 @@ SECTION_SEPARATOR = "\n\n"
 RESTRICTED = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
-    "max_length": (None, 20),
     "guidance_scale": (None, 1),
     "prompt_lookup_num_tokens": (None,),
     "cache_implementation": (None,),
@@ -85,6 +84,8 @@ def merge_generation_config(
     Raises:
         ValueError: For an unknown argument, an impossible value, or something that parallel decoding does not have.
     """
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise ValueError(f"generation_config must be a GenerationConfig, got {generation_config!r}.")
     config = copy.deepcopy(model.generation_config)
     unknown = sorted(set(kwargs) - set(vars(config)))
     if unknown:
@@ -102,8 +103,8 @@ def merge_generation_config(
                 f"{name} must be {' or '.join(map(repr, allowed))}: parallel decoding writes one answer per prompt "
                 f"with its own cache, got {getattr(config, name)!r}."
             )
-    if config.max_new_tokens is not None and config.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be >= 1, got {config.max_new_tokens}.")
+    if config.max_length not in (None, 20):  # transformers' default
+        raise ValueError(f"max_length counts the prompt: use max_new_tokens, got {config.max_length!r}.")
     return config
 
 
@@ -112,8 +113,11 @@ def read_prompts(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | 
     Prompts without padding.
 
     Raises:
-        ValueError: For inputs that are not `[prompts, tokens]`, or an empty prompt.
+        ValueError: For inputs that are not integers `[prompts, tokens]`, or an empty prompt.
     """
+    if input_ids is not None and getattr(input_ids, "dtype", None) not in (torch.int64, torch.int32):
+        kind = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise ValueError(f"input_ids must be a tensor of integers, got {kind}.")
     if input_ids is None or input_ids.dim() != 2 or input_ids.shape[0] == 0:
         shape = None if input_ids is None else list(input_ids.shape)
         raise ValueError(f"input_ids must have shape [prompts >= 1, tokens >= 1], got {shape}.")

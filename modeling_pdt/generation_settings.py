@@ -55,9 +55,14 @@ class Settings:
 
 def end_and_pad(config: PDTGenerationConfig) -> tuple[tuple[int, ...], int]:
     """Tokens that end a row, and the one that fills it up: the first of these, or 0, where none is named."""
-    eos = config.eos_token_id
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
+    eos, pad = config.eos_token_id, config.pad_token_id
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    if not all(isinstance(token, int) for token in eos_ids):
+        raise ValueError(f"eos_token_id must be an integer or a list of integers, got {eos!r}.")
+    if pad is None:
+        pad = eos_ids[0] if eos_ids else 0
+    if not isinstance(pad, int) or pad < 0:
+        raise ValueError(f"pad_token_id must be an integer >= 0, got {pad!r}.")
     return eos_ids, pad
 
 

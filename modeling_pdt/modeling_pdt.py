@@ -119,6 +119,11 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
         model.generation_config.check()
         return model
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """What pipelines ask a class: yes, though by a loop of its own."""
+        return True
+
     @property
     def trunk(self) -> nn.Module:
         """The causal LM, its stack wrapped."""

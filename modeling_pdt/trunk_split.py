@@ -85,6 +85,9 @@ def check_trunk(trunk: nn.Module) -> str:
     Raises:
         ValueError: Naming what the trunk lacks.
     """
+    if hasattr(trunk, "_orig_mod"):
+        kind = type(trunk._orig_mod).__name__
+        raise ValueError(f"{type(trunk).__name__} cannot be wrapped: give the {kind} that torch.compile was given.")
     name = getattr(trunk, "base_model_prefix", "") or "model"
     stack = getattr(trunk, name, None)
     stack = getattr(stack, "base_layer", stack)

@@ -48,6 +48,8 @@ BAD = [
     ({"ids": torch.tensor([1, 2])}, r"input_ids must have shape .*, got \[2\]"),
     ({"ids": torch.zeros(0, 3).long()}, r"input_ids must have shape .*, got \[0, 3\]"),
     ({"ids": torch.zeros(1, 0).long()}, "prompt 0 is empty; every prompt needs at least one token"),
+    ({"ids": [[5, 6]]}, r"input_ids must be a tensor of integers, got list"),
+    ({"ids": IDS.float()}, r"input_ids must be a tensor of integers, got torch.float32"),
     ({"attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])}, "prompt 1 is empty"),
     ({"attention_mask": torch.ones(2, 3)}, r"attention_mask must have the shape of input_ids \[2, 4\], got \[2, 3\]"),
     ({"num_streams": 0}, r"num_streams.*0"),
@@ -61,6 +63,11 @@ BAD = [
     ({"gate_scale": -1.0}, "gate_scale.*-1"),
     ({"plan": "oracle"}, "plan.*oracle"),
     ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+    ({"max_new_tokens": "5"}, "max_new_tokens must be an integer >= 1, got '5'"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 1, got 2.5"),
+    ({"max_length": 40}, "max_length counts the prompt: use max_new_tokens, got 40"),
+    ({"eos_token_id": "end"}, "eos_token_id must be an integer or a list of integers, got 'end'"),
+    ({"pad_token_id": -5}, "pad_token_id must be an integer >= 0, got -5"),
     ({"num_beams": 4}, "num_beams must be None or 1: parallel decoding .*, got 4"),
     ({"num_return_sequences": 2}, "num_return_sequences must be None or 1: .*, got 2"),
     ({"output_scores": True}, "output_scores must be None or False: .*, got True"),
@@ -92,6 +99,12 @@ BAD = [
 def test_impossible_arguments_are_named(untouched, arguments, message):
     with pytest.raises(ValueError, match=message):
         prepare(untouched, **arguments)
+
+
+def test_a_generation_config_is_one(untouched):
+    # A mapping failed without a word of which argument was meant.
+    with pytest.raises(ValueError, match=r"generation_config must be a GenerationConfig, got \{'top_k': 3\}"):
+        merge_generation_config(untouched, {"top_k": 3}, {})
 
 
 def test_none_means_the_models_value(model):

@@ -15,6 +15,7 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
@@ -163,6 +164,7 @@ REFUSED = {
         lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SMALL, head_dim=8, num_experts=2, num_experts_per_tok=1)),
         "linear_attention",
     ),
+    "compiled": (lambda: torch.compile(LlamaForCausalLM(LlamaConfig(**SMALL))), "give the LlamaForCausalLM"),
     "headless": (lambda: LlamaModel(LlamaConfig(**SMALL)), "cannot be wrapped"),
 }
 
