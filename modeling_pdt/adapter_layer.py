@@ -131,6 +131,11 @@ class PDTStack(nn.Module, BaseTunerLayer):
         return self.pdt_configs[self.active].instrumented_layers[0]
 
     @property
+    def writer_tap(self) -> str:
+        """States that the active adapter's writer reads, see [`PDTAdapterConfig`]."""
+        return self.pdt_configs[self.active].writer_tap
+
+    @property
     def heads(self) -> PDTHeads:
         """Heads of the active adapter."""
         return self.pdt_heads[self.active]

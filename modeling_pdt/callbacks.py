@@ -172,7 +172,7 @@ class MemoryRecorder(ParallelDecodingCallback):
     """
     Writes into `trace.memory` the most bytes that the call held at a block boundary.
 
-    `cache_bytes`: keys and values, spare places of their buffers included; `tap_bytes`: tap states of all sections;
+    `cache_bytes`: keys and values, spare places of their buffers included; `tap_bytes`: states kept of all sections;
     `notes_bytes`: the bus with snapshot 0; `peak_device_bytes`: the most that PyTorch held on a CUDA device since the
     call began, weights included, `None` elsewhere.
     """
@@ -188,7 +188,7 @@ class MemoryRecorder(ParallelDecodingCallback):
         streams, bus, memory = decoder.streams, decoder.bus, decoder.trace.memory
         held = {
             "cache_bytes": [part for layer in streams.cache.layers for part in (layer._keys, layer._values)],
-            "tap_bytes": [streams.tap_RLD],
+            "tap_bytes": streams.kept_states,
             "notes_bytes": [bus.notes_BSVKN, bus.plan_BPN],
         }
         for name, tensors in held.items():

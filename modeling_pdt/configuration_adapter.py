@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftType
 
+WRITER_TAPS = ("mid", "top")
 SNC_PLACEMENTS = ("between", "after_attention")
 SNC_INITS = ("trunk_space", "zero")
 GATE_MODES = ("scalar", "per_head", "dynamic")
@@ -50,6 +51,10 @@ class PDTAdapterConfig(PeftConfig):
         instrumented_layers (`int` or `list[int]`, *optional*):
             Number of top layers, or explicit layer indices, that read the bus. Defaults to a third of the layers,
             at least two (all when the trunk has one layer).
+        writer_tap (`str`, *optional*, defaults to `"mid"`):
+            States of its block that a stream writes its notes from. `"mid"`: the input of the first instrumented
+            layer, which no note reaches. `"top"`: the last hidden states, which hold what the stream has read, at the
+            price of one more upper half per block boundary in decoding and per forward with a `rollout` in training.
         snc_heads (`int`, *optional*):
             Attention heads of shared-notes cross-attention. Defaults to the trunk's number of attention heads when
             it divides the trunk's width, else the largest power of two that does.
@@ -95,6 +100,7 @@ class PDTAdapterConfig(PeftConfig):
     instrumented_layers: int | list[int] | None = field(
         default=None, metadata={"help": "Count of top layers or explicit layer indices that read the bus."}
     )
+    writer_tap: str = field(default="mid", metadata={"help": "States that notes are written from: mid or top."})
     snc_heads: int | None = field(default=None, metadata={"help": "Heads of shared-notes cross-attention."})
     snc_placement: str = field(default="between", metadata={"help": "between or after_attention."})
     snc_init: str = field(default="trunk_space", metadata={"help": "trunk_space or zero."})
@@ -128,6 +134,7 @@ class PDTAdapterConfig(PeftConfig):
         for name in ("notes_dim", "snc_heads"):
             if getattr(self, name) is not None:
                 check_integer(owner, name, getattr(self, name), 1)
+        check_choice(owner, "writer_tap", self.writer_tap, WRITER_TAPS)
         check_choice(owner, "snc_placement", self.snc_placement, SNC_PLACEMENTS)
         check_choice(owner, "snc_init", self.snc_init, SNC_INITS)
         if self.spectral_norm is not None:

@@ -48,6 +48,7 @@ class ParallelDecoder:
     """
 
     request: WindowRequest | None = None
+    disturbed_states: NoteStates | None = None
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class ParallelDecoder:
             self.cadence.longest,
             model.config.trunk_hidden_size,
             device,
+            self.stack.writer_tap,
         )
         self.needs_history = bool(inputs.criteria) or not history_free(inputs.processors)
         self.bus = NotesBus(
@@ -102,7 +104,6 @@ class ParallelDecoder:
         self.headless_R = torch.tensor([not header for header in inputs.headers], device=device)
         self.restarting = True
         self.note_states: NoteStates | None = None
-        self.disturbed_states: NoteStates | None = None
         self.sensitivity = SensitivityMeter(settings.sensitivity_probe, settings.seed)
         self.interventions = InterventionChain(inputs.interventions, settings.num_streams, len(inputs.prompts))
         self.trace = self._new_trace()
@@ -188,7 +189,9 @@ class ParallelDecoder:
                 return
         stream_ids = self._stream_ids()
         disturbed = self._disturbed(tap, stream_ids)
-        hidden = self._upper(tap, stream_ids, self.note_states)[:, 0]
+        hidden = self._upper(tap, stream_ids, self.note_states)
+        streams.keep_top(hidden)
+        hidden = hidden[:, 0]
         if disturbed is not None:
             reads_A = self.note_states.mask.any(dim=1) & (stream_ids[:, 0] >= 0) & streams.live_R[streams.batch_A]
             self.events.sensitivity(streams, reads_A, self.sensitivity, self.head(hidden), disturbed)
@@ -210,6 +213,8 @@ class ParallelDecoder:
             rows_M = self.stalling.ready(rows_M)
             if rows_M.numel() == 0:
                 return tap
+        if streams.top_RLD is not None:
+            self._look_up(tap)
         withdrawn_M = self._close_blocks(rows_M)
         if withdrawn_M.numel() and self.stalling is not None:
             self.stalling.hold(withdrawn_M)
@@ -220,6 +225,11 @@ class ParallelDecoder:
             self.events.tell("on_round_begin", rows_M[streams.live_R[rows_M] & ~streams.waiting_R[rows_M]])
         self.trace.timings["exchange_s"] += time.perf_counter() - started
         return tap
+
+    def _look_up(self, tap: TapState) -> None:
+        """Last hidden states of this call with what the rows have read so far; the cache is as before."""
+        self.streams.keep_top(self._upper(tap, self._stream_ids(), self.note_states))
+        self.streams.cache.undo_update(1, tap.split)
 
     def _go_back(self, tap: TapState, rows_M: torch.Tensor) -> TapState:
         """The tap with these rows at the token before the block that they write again; its lower half is known."""
@@ -304,7 +314,7 @@ class ParallelDecoder:
         span = self.settings.block_size
         if self.cadence.longest > span:
             span = mask.sum(dim=1).clamp(min=span)
-        notes = heads.write(states, mask, span)
+        notes = heads.write(streams.writer_states(rows_M, states), mask, span)
         round_M = streams.round_R[rows_M]
         self.bus.publish(rows_M, round_M, notes)
         self.events.tell("on_note", rows_M, round_M, notes)

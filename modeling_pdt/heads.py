@@ -40,7 +40,7 @@ class NotesPooler(nn.Module):
     def forward(self, states_RLD: torch.Tensor, mask_RL: torch.Tensor, span: torch.Tensor | int) -> torch.Tensor:
         """
         Args:
-            states_RLD (`torch.Tensor` of shape `[R, L, D]`): Tap states, real tokens first.
+            states_RLD (`torch.Tensor` of shape `[R, L, D]`): States of the trunk, real tokens first.
             mask_RL (`torch.BoolTensor` of shape `[R, L]`): Real tokens.
             span (`int` or `torch.Tensor` of shape `[R]`): Length that counts as the whole text.
 
@@ -255,7 +255,7 @@ class PDTHeads(nn.Module):
         self.stream = StreamHead(width, config.num_streams)
 
     def write(self, states_RLD: torch.Tensor, mask_RL: torch.Tensor, block_size: int) -> torch.Tensor:
-        """Notes `[R, K, N]` that streams write about their own block of tap states; zeros for an empty block."""
+        """Notes `[R, K, N]` of streams' own blocks, given as states of the `writer_tap`; zeros for an empty block."""
         return self._finish(self.writer(states_RLD, mask_RL, block_size), mask_RL)
 
     def encode(self, states_RLD: torch.Tensor, mask_RL: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,8 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
         if tap is None:
             tap = self._embed(input_ids, attention_mask, position_ids, past_key_values, kwargs)
         stream_ids = expand_stream_ids(stream_ids, tap.hidden)
-        tap = run_lower_half(self.stack, tap, rollout, stream_ids, input_ids, attention_mask, not heads_only)
+        runs_upper = not heads_only or self.stack.writer_tap == "top"
+        tap = run_lower_half(self.stack, tap, rollout, stream_ids, input_ids, attention_mask, runs_upper)
         if has_window:
             window, mask = window_with_plan(self.stack, notes, notes_mask, plan_slots, plan_mask)
             note_states = self.project_notes(window, restrict_to_streams(mask, stream_ids), gate_scale)

@@ -242,9 +242,28 @@ def gather_blocks(states_RTD: torch.Tensor, write_round_RT: torch.Tensor, block_
     return states.view(*shape, width), mask.view(shape)
 
 
-def write_notes(stack: PDTStack, tap: TapState, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def last_states(
+    stack: PDTStack, tap: TapState, rollout: Rollout, stream_ids: torch.Tensor | None, gate_scale: float
+) -> torch.Tensor:
+    """
+    Last hidden states `[R, T, D]` of rows that read the plan and no notes, as a first pass for `writer_tap="top"`.
+
+    In decoding they read earlier rounds too, whose notes would have to be written before: in whole rows, notes of the
+    first round are exact, later ones an approximation unless the gate of SNC is shut.
+    """
+    plan, plan_mask = rollout.snapshot_zero(*plan_vectors(stack, rollout))
+    states = None
+    if plan is not None:
+        shown = plan_mask.repeat_interleave(rollout.num_streams, dim=0)
+        states = stack.project_notes(plan, shown[:, None] & (rollout.read_round_RT >= 0)[..., None], gate_scale)
+        states = replace(states, first_reader=rollout.first_reader(stream_ids))
+    return stack.upper(tap, states, stream_ids)
+
+
+def write_notes(stack: PDTStack, states_RTD: torch.Tensor, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
     """Notes `[R, V, K, N]` that every row writes about each of its blocks, and which blocks exist `[R, V]`."""
-    states, mask = gather_blocks(tap.hidden.detach(), rollout.write_round_RT, rollout.block_size, rollout.rounds)
+    states, mask = gather_blocks(states_RTD.detach(), rollout.write_round_RT, rollout.block_size, rollout.rounds)
     notes = stack.heads.write(states.flatten(0, 1), mask.flatten(0, 1), rollout.block_size)
     return notes.view(*mask.shape[:2], *notes.shape[1:]), mask.any(dim=2)
 
@@ -263,9 +282,24 @@ def teacher_notes(stack: PDTStack, rollout: Rollout) -> torch.Tensor | None:
     return notes.view(rows, rounds, num_notes, width)
 
 
-def run_bus(stack: PDTStack, tap: TapState, rollout: Rollout, gate_scale: float = 1.0) -> BusRollout:
+def run_bus(
+    stack: PDTStack, tap: TapState, rollout: Rollout, stream_ids: torch.Tensor | None = None, gate_scale: float = 1.0
+) -> BusRollout:
     """Writes every row's notes, mixes in the teacher's, and projects what each token may read."""
-    written, exists = write_notes(stack, tap, rollout)
+    top = stack.writer_tap == "top"
+    states = last_states(stack, tap, rollout, stream_ids, gate_scale) if top else tap.hidden
+    return publish_notes(stack, rollout, *write_notes(stack, states, rollout), stream_ids, gate_scale)
+
+
+def publish_notes(
+    stack: PDTStack,
+    rollout: Rollout,
+    written: torch.Tensor,
+    exists: torch.Tensor,
+    stream_ids: torch.Tensor | None = None,
+    gate_scale: float = 1.0,
+) -> BusRollout:
+    """[`run_bus`] after the writing: `written` and `exists` are from [`write_notes`]."""
     teacher = teacher_notes(stack, rollout)
     published = written
     if rollout.teacher_RV is not None and teacher is not None:
@@ -286,6 +320,7 @@ def run_bus(stack: PDTStack, tap: TapState, rollout: Rollout, gate_scale: float 
         *rollout.snapshot_zero(plan, plan_mask),
     )
     note_states = stack.project_notes(notes, mask, gate_scale)
+    note_states = replace(note_states, first_reader=rollout.first_reader(stream_ids))
     return BusRollout(note_states, written, teacher, published, on_bus, plan, plan_mask)
 
 
@@ -349,7 +384,7 @@ def run_rollout(
     Returns:
         `NoteStates`: what every token may read.
     """
-    bus = run_bus(stack, tap, rollout, gate_scale)
+    bus = run_bus(stack, tap, rollout, stream_ids, gate_scale)
     output.notes, output.speculation = bus.teacher_RVKN, bus.written_RVKN
     if rollout.wants_coverage or rollout.wants_agreement:
         output.coverage_logits = coverage_logits(stack, tap, rollout, bus)
@@ -359,4 +394,4 @@ def run_rollout(
         )
     if stream_ids is not None:
         output.stream_logits = stack.heads.stream(tap.hidden.detach(), rollout.write_round_RT >= 0)
-    return replace(bus.note_states, first_reader=rollout.first_reader(stream_ids))
+    return bus.note_states

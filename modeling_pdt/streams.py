@@ -49,6 +49,8 @@ class StreamBatch:
         max_new_tokens (`int`), block_size (`int`): Limits; the longest block where blocks differ.
         width (`int`): D.
         device (`torch.device`): Of all tensors.
+        writer_tap (`str`, *optional*, defaults to `"mid"`): With `"top"`, last hidden states are kept for the writer
+            beside those at the tap.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class StreamBatch:
         block_size: int,
         width: int,
         device: torch.device,
+        writer_tap: str = "mid",
     ) -> None:
         rows = len(headers)
         self.num_prompts, self.num_streams = len(prompts), rows // len(prompts)
@@ -80,6 +83,7 @@ class StreamBatch:
         self.tokens_RL = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         # Place 0 holds the position before the section, place i + 1 section token i.
         self.tap_RLD = torch.zeros(rows, max_new_tokens + 1, width, device=device)
+        self.top_RLD = torch.zeros_like(self.tap_RLD) if writer_tap == "top" else None
         self.starts = [
             torch.tensor(prompts[row // self.num_streams] + section.header, device=device)
             for row, section in enumerate(self.sections)
@@ -106,6 +110,16 @@ class StreamBatch:
         self.tap_RLD[self.batch_A, self.fed_R[self.batch_A] + 1] = tap_A1D[:, 0].to(self.tap_RLD.dtype)
         self.fed_R = self.fed_R + self.live_R
         self.position_R = self.position_R + self.live_R
+
+    def keep_top(self, hidden_A1D: torch.Tensor) -> None:
+        """Stores the last hidden state of the token that each row of the batch consumed last, if a writer reads it."""
+        if self.top_RLD is not None:
+            self.top_RLD[self.batch_A, self.fed_R[self.batch_A]] = hidden_A1D[:, 0].to(self.top_RLD.dtype)
+
+    @property
+    def kept_states(self) -> list[torch.Tensor]:
+        """Buffers of the states that are kept of every section."""
+        return [self.tap_RLD] if self.top_RLD is None else [self.tap_RLD, self.top_RLD]
 
     @property
     def written_R(self) -> torch.Tensor:
@@ -156,6 +170,13 @@ class StreamBatch:
         place = place.clamp(max=self.max_new_tokens - 1)
         rows = rows_M[:, None]
         return self.tap_RLD[rows, place + 1], self.tap_RLD[rows, place], mask
+
+    def writer_states(self, rows_M: torch.Tensor, states_MLD: torch.Tensor) -> torch.Tensor:
+        """What the writer reads of the blocks just completed, given their tap states: these, or last hidden states."""
+        if self.top_RLD is None:
+            return states_MLD
+        place = self.block_start_R[rows_M, None] + torch.arange(self.block_size, device=self.device)
+        return self.top_RLD[rows_M[:, None], place.clamp(max=self.max_new_tokens - 1) + 1]
 
     def own_text(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tap states `[M, L, D]` of everything the rows have written, and which places are filled `[M, L]`."""

@@ -99,6 +99,7 @@ def describe_model(model: Any) -> dict[str, Any]:
         "adapter": stack.active if installed else None,
         "instrumented_layers": layers,
         "snc_placement": config.snc_placement,
+        "writer_tap": config.writer_tap,
         "trained_parts": list(config.trained_parts),
         "notes_dim": config.notes_dim,
         "notes_per_block": config.notes_per_block,

@@ -28,7 +28,11 @@ MODELS = {
     "gpt_oss_after_attention": ("gpt_oss", {"snc_placement": "after_attention", "gate_mode": "dynamic"}),
     "llama": ("llama", {"notes_per_block": 2, "gate_mode": "per_head"}),
     "qwen3": ("qwen3", {"num_streams": 2}),
+    "gpt_oss_top": ("gpt_oss", {"writer_tap": "top"}),
+    "llama_top": ("llama", {"writer_tap": "top", "snc_placement": "after_attention"}),
 }
+MID = ("gpt_oss", "gpt_oss_after_attention", "llama", "qwen3")
+TOP = ("gpt_oss_top", "llama_top")
 
 INTERVENTIONS = {
     "ablate": Ablate(),
@@ -205,8 +209,8 @@ def interventions(draw, prompts, streams):
 
 
 @st.composite
-def cases(draw, longest=14):
-    """Calls with everything that changes tokens; `longest` limits the sections."""
+def cases(draw, longest=14, models=MID):
+    """Calls with everything that changes tokens; `longest` limits the sections, `models` are names of [`MODELS`]."""
     streams, prompts = draw(st.sampled_from([2, 2, 3, 3, 4, 1])), draw(st.sampled_from([1, 1, 2, 2, 3]))
     block = draw(st.sampled_from([2, 3, 4, 1, 5]))
     horizon = draw(st.integers(block, 8))
@@ -230,7 +234,7 @@ def cases(draw, longest=14):
         item = st.tuples(texts(1, 5), st.one_of(st.none(), st.integers(0, streams - 1)))
         items = [draw(st.one_of(st.lists(item, min_size=2, max_size=3), st.just([]))) for _ in range(prompts)]
     return Case(
-        model=draw(st.sampled_from(list(MODELS))),
+        model=draw(st.sampled_from(models)),
         choices=choices,
         prompts=[draw(st.lists(tokens, min_size=1, max_size=12)) for _ in range(prompts)],
         padding=[draw(st.integers(0, 4)) for _ in range(prompts)],

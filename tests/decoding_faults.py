@@ -16,15 +16,17 @@ from modeling_pdt.note_states import NoteStates
 from modeling_pdt.snc import SharedNotesCrossAttention
 from modeling_pdt.stalling import Stalling
 from modeling_pdt.streams import StreamBatch
+from tests.decoding_cases import MID, TOP
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`owner.name` is replaced by what `make` returns for it."""
+    """`owner.name` is replaced by what `make` returns for it; calls of `models` are to notice."""
 
     owner: Any
     name: str
     make: Callable[[Callable], Callable]
+    models: tuple[str, ...]
 
     def plant(self, monkeypatch):
         monkeypatch.setattr(self.owner, self.name, self.make(getattr(self.owner, self.name)))
@@ -33,11 +35,11 @@ class Fault:
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(owner, name):
+def fault(owner, name, models=MID):
     """Registers a fault under the name of the function that makes it."""
 
     def register(make):
-        FAULTS[make.__name__] = Fault(owner, name, make)
+        FAULTS[make.__name__] = Fault(owner, name, make, models)
         return make
 
     return register
@@ -217,6 +219,28 @@ def agreement_asks_from_the_same_position(block_states):
         return states, states, mask
 
     return make
+
+
+@fault(ParallelDecoder, "_look_up", TOP)
+def writer_misses_the_last_token(look_up):
+    return lambda self, tap: None
+
+
+@fault(ParallelDecoder, "_look_up", TOP)
+def last_token_has_read_the_new_window(look_up):
+    def make(self, tap):
+        rounds = self.streams.round_R
+        self.streams.round_R = rounds + 1
+        self._refresh_window()
+        self.streams.round_R = rounds
+        look_up(self, tap)
+
+    return make
+
+
+@fault(StreamBatch, "writer_states", TOP)
+def writer_reads_the_tap(writer_states):
+    return lambda self, rows, states: states
 
 
 @fault(Stalling, "lag")

@@ -1,6 +1,6 @@
 """What the trunk, the adapters and the heads say of a row of the reference decoder, from texts alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.activations import ACT2FN
@@ -51,9 +51,13 @@ class TextModel:
 
     def logits(self, row):
         """Logits of the next token: one forward over the whole text."""
-        tap, blend, head = self.tap(row.text), self.choices.logit_blend, self.model.get_output_embeddings()
-        conditioned = head(self._upper(tap, row)[0, -1]) if blend > 0 else 0
-        return blend * conditioned + (1 - blend) * head(self.stack.upper(tap)[0, -1]) if blend < 1 else conditioned
+        return self.model.get_output_embeddings()(self.last_states(row)[0, -1])
+
+    def last_states(self, row):
+        """What the head reads, over the whole text; the head is affine, so blended states have blended logits."""
+        tap, blend = self.tap(row.text), self.choices.logit_blend
+        conditioned = self._upper(tap, row) if blend > 0 else 0
+        return blend * conditioned + (1 - blend) * self.stack.upper(tap) if blend < 1 else conditioned
 
     def _upper(self, tap, row):
         """The upper half: tokens after the prompt go through the stream's adapter and read what they have read."""
@@ -123,6 +127,10 @@ class TextModel:
     def note(self, row):
         """The notes `[K, N]` of the block that the row has just written."""
         states = self._block_states(row)[0]
+        if self.model.config.writer_tap == "top":
+            # The last token has read what the row reads until the notes of this boundary are there.
+            readings = [*row.readings[: len(row.header) + len(row.tokens) - 1], row.reading]
+            states = self.last_states(replace(row, readings=readings))[:, -states.shape[1] :]
         length = max(self.choices.block_size, states.shape[1])
         return self.heads.write(states, torch.ones(states.shape[:2], dtype=torch.bool), length)[0]
 

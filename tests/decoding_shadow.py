@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from modeling_pdt import Rollout
 from modeling_pdt.generation_inputs import merge_generation_config, prepare_inputs
 from modeling_pdt.generation_pdt import ParallelDecoder
 
@@ -26,6 +27,35 @@ def decoder_for(model, prompts, headers=None, plan=None, **kwargs):
         inputs.plan_BPN, inputs.plan_mask_BP = plan
         inputs.num_items = plan[0].shape[1]
     return ParallelDecoder(model, inputs, settings)
+
+
+def whole_rows(decoder, **plan):
+    """
+    Arguments of one forward with a `Rollout` over the rows that a decoder has written, in blocks of `block_size`, and
+    where their sections start; `plan` are further fields of the `Rollout`.
+    """
+    streams, settings = decoder.streams, decoder.settings
+    block, num_streams = settings.block_size, settings.num_streams
+    rows = [(streams.prompts[row // num_streams], one.header, one.tokens) for row, one in enumerate(streams.sections)]
+    longest = max(len(p) + len(h) + len(s) for p, h, s in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    stream, write, read = (torch.full_like(ids, -1) for _ in range(3))
+    start = []
+    for row, (prompt, header, section) in enumerate(rows):
+        begin = len(prompt) + len(header)
+        end = begin + len(section)
+        ids[row, :end] = torch.tensor(prompt + header + section)
+        mask[row, :end] = 1
+        stream[row, len(prompt) : end] = row % num_streams
+        write[row, begin:end] = torch.arange(len(section)) // block
+        read[row, len(prompt) : begin] = 0
+        read[row, begin:end] = (torch.arange(len(section)) + 1) // block
+        start.append(begin)
+    lag = torch.full((len(rows), 1), settings.bus_lag)
+    plan["plan_on_bus"] = decoder.model.config.plan_on_bus
+    rollout = Rollout(num_streams, block, settings.bus_capacity, write, read, lag, **plan)
+    return {"input_ids": ids, "attention_mask": mask, "stream_ids": stream, "rollout": rollout}, start
 
 
 class Shadow:

@@ -115,7 +115,7 @@ class TickingCallback(ParallelDecodingCallback):
         window = () if states is None else (*states.keys, *states.values, *states.biases)
         self.held_bytes = {
             "cache": storage_bytes(part for layer in streams.cache.layers for part in (layer._keys, layer._values)),
-            "taps": storage_bytes([streams.tap_RLD]),
+            "taps": storage_bytes(streams.kept_states),
             "bus": storage_bytes([decoder.bus.notes_BSVKN]),
             "window": storage_bytes(window),
         }

@@ -11,6 +11,7 @@ from modeling_pdt import PDTForParallelDecoding, PDTOutput, Rollout
 
 from .branches import Targets, build_rollout, build_targets, reread, silence
 from .losses import IGNORE_INDEX, redundancy, supervised_positions, supervised_values, token_ce, token_kl
+from .notes_gap import notes_gap, sequential_notes
 
 BUS_MIXES = (0.0, 0.35, 1.0)
 """Shares of true notes on the bus at which notes are measured; 0 is the bus of decoding."""
@@ -75,6 +76,8 @@ class TeacherForcedMetrics:
             self._add_mixes(inputs, rollout, targets, student, ablated_MV)
             self._add_heads(inputs, student.coverage_logits)
             self._add_redundancy(inputs, rollout, student.speculation)
+            if model.config.writer_tap == "top":
+                self._add_notes_gap(inputs, rollout, student)
 
     def _add_mixes(
         self, inputs: Mapping[str, Any], rollout: Rollout, targets: Targets, student: PDTOutput, ablated_MV: Tensor
@@ -152,6 +155,13 @@ class TeacherForcedMetrics:
         pairs = (written_BV * (written_BV - 1) // 2).sum().double()
         entry = torch.stack([redundancy(notes_BVSN, mask_BVS).double() * pairs, pairs])
         self.sums["redundancy"] = self.sums.get("redundancy", torch.zeros_like(entry)) + entry
+
+    def _add_notes_gap(self, inputs: Mapping[str, Tensor], rollout: Rollout, student: PDTOutput) -> None:
+        """How far notes of blocks that read others' notes are from those that decoding writes of the same text."""
+        sequential = sequential_notes(self.model.stack, student.tap, rollout, inputs["stream_ids"])
+        exists_RV = inputs["block_exists"] & (inputs["labels"] != IGNORE_INDEX).any(dim=1, keepdim=True)
+        reads_V = torch.arange(exists_RV.shape[1], device=exists_RV.device) >= self.model.config.bus_lag
+        self._add("notes_gap", notes_gap(student.speculation, sequential)[exists_RV & reads_V])
 
     def _add_found(self, name: str, found: Tensor, wanted: Tensor, counted: Tensor) -> None:
         found, wanted = found & counted, wanted.bool() & counted

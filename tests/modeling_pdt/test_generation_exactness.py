@@ -1,5 +1,6 @@
 """Cached, batched, rolled-back decoding computes what a fresh forward over each finished row computes."""
 
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -10,7 +11,7 @@ from modeling_pdt.cache import RollbackCache
 from modeling_pdt.generation_inputs import encode_plan
 from modeling_pdt.plan import PlanEntry
 from modeling_pdt.rollout import plan_vectors
-from tests.decoding_shadow import Shadow, decoder_for
+from tests.decoding_shadow import Shadow, decoder_for, whole_rows
 
 TRUNKS = ("gpt_oss", "llama", "qwen3")
 TOLERANCE = 1e-5
@@ -94,40 +95,12 @@ def test_decoding_is_one_training_forward(make_model, name, headers, plan_on_bus
 
 def training_logits(model, decoder, items, present):
     """One forward with a `Rollout` over the rows that a decoder has written; the plan is given as planner vectors."""
-    streams, block = decoder.streams, decoder.settings.block_size
-    rows = [
-        (streams.prompts[row // 3], section.header, section.tokens) for row, section in enumerate(streams.sections)
-    ]
-    longest = max(len(p) + len(h) + len(s) for p, h, s in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    stream, write, read = (torch.full_like(ids, -1) for _ in range(3))
-    start = []
-    for row, (prompt, header, section) in enumerate(rows):
-        begin = len(prompt) + len(header)
-        end = begin + len(section)
-        ids[row, :end] = torch.tensor(prompt + header + section)
-        mask[row, :end] = 1
-        stream[row, len(prompt) : end] = row % 3
-        write[row, begin:end] = torch.arange(len(section)) // block
-        read[row, len(prompt) : begin] = 0
-        read[row, begin:end] = (torch.arange(len(section)) + 1) // block
-        start.append(begin)
-    rollout = Rollout(
-        num_streams=3,
-        block_size=block,
-        capacity=decoder.settings.bus_capacity,
-        write_round_RT=write,
-        read_round_RT=read,
-        lag_R1=torch.full((len(rows), 1), decoder.settings.bus_lag),
-        plan_slots_BP=torch.zeros(2, items.shape[1], dtype=torch.long),
-        plan_mask_BP=present,
-        plan_on_bus=model.config.plan_on_bus,
-    )
+    inputs, start = whole_rows(decoder, plan_slots_BP=torch.zeros(2, items.shape[1], dtype=torch.long))
+    rollout = replace(inputs.pop("rollout"), plan_mask_BP=present)
     heads = model.stack.heads
     heads.embed_slots = lambda slots: items
     try:
-        output = model(ids, attention_mask=mask, stream_ids=stream, rollout=rollout)
+        output = model(**inputs, rollout=rollout)
     finally:
         del heads.embed_slots
     notes = decoder.bus.notes_BSVKN.flatten(0, 1)[:, : output.speculation.shape[1]]

@@ -378,7 +378,7 @@ def test_hidden_states_cover_the_upper_half(model, make_rollout):
 def test_parts_of_the_bus_rollout(model, make_rollout):
     batch = make_rollout(lengths=[12, 12, 12, 4, 4, 4])
     tap = model.stack.lower(input_ids=batch.ids, attention_mask=batch.inputs["attention_mask"])
-    notes, exists = write_notes(model.stack, tap, batch.rollout)
+    notes, exists = write_notes(model.stack, tap.hidden, batch.rollout)
     bus = run_bus(model.stack, tap, batch.rollout)
     assert exists.tolist() == [[True] * 3] * 3 + [[True, False, False]] * 3
     assert torch.equal(bus.written_RVKN, notes) and torch.equal(bus.published_RVKN, notes)

@@ -180,5 +180,5 @@ def test_blocks_of_the_collator_are_the_models():
     batch = make_collator(model)(FEATURES)
     rollout = build_rollout(batch, model.config)
     tap = model.stack.lower(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    _, exists = write_notes(model.stack, tap, rollout)
+    _, exists = write_notes(model.stack, tap.hidden, rollout)
     assert torch.equal(exists, batch["block_exists"])

@@ -133,6 +133,18 @@ def test_agreement_finds_planted_contradictions(model, batch, monkeypatch):
     assert result["agreement_accuracy"] == pytest.approx(1 - share) and "agreement_precision" not in result
 
 
+def test_notes_gap_of_a_writer_at_the_top(batch):
+    """Notes that have read nothing of each other have no gap; else it is there, and only with mixes."""
+    model = make_model(writer_tap="top", gate_init=2.0).eval()
+    result = measured(model, [batch], (0.0,))
+    assert 0 < result["notes_gap"] < 2 and "notes_gap" in defined_names()
+    assert set(measured(model, [batch], ())) == PLAIN
+    with torch.no_grad():
+        for site in model.stack.snc:
+            site.o_proj.weight.zero_()
+    assert measured(model, [batch], (0.0,))["notes_gap"] == pytest.approx(0, abs=1e-5)
+
+
 def test_redundancy_is_that_of_siblings_of_one_round(model, batch):
     notes = []
     handle = model.register_forward_hook(lambda module, args, out: notes.append(out.speculation))
