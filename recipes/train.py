@@ -67,7 +67,7 @@ def main() -> None:
         checkpoint = find_checkpoint(args, settings)
 
     model, tokenizer = load_model(model_args, adapter)
-    plants = any(stage.data == "corrupted" for stage in curriculum.stages)
+    plants = any(stage.data != "clean" for stage in curriculum.stages)
     maker = FeatureMaker(
         tokenizer,
         model.config.num_plan_slots,

@@ -22,6 +22,9 @@ PARAMETER_GROUPS: dict[str, str] = {
 }
 """Groups of trainable parameters that a stage may train, with what belongs to them."""
 
+WRITING_GROUPS: tuple[str, ...] = ("snc", "stream_adapters", "writer", "encoder")
+"""Groups that decide what a stream writes; the others only judge it, or tell plans apart."""
+
 LOSS_NAMES: tuple[str, ...] = (
     "planner",
     "kd_plan",
@@ -45,7 +48,7 @@ LOSS_NAMES: tuple[str, ...] = (
 METRIC_NAMES: tuple[str, ...] = ("nli",)
 """Measures without a gradient; they take no weight."""
 
-DataView = Literal["clean", "corrupted"]
+DataView = Literal["clean", "corrupted", "own"]
 AgreementLabelKind = Literal["planted", "readiness", "auto"]
 
 _PROBABILITIES = (
@@ -111,7 +114,9 @@ class Stage:
         item_drop (`float`, *optional*, defaults to 0.0): Probability that a token of a plan item's text is hidden, so
             that items are recognised in other words too.
         lr_scale (`dict[str, float]`, *optional*): Learning-rate factor above 0 of trained groups; 1 when missing.
-        data (`str`, *optional*, defaults to `"clean"`): `"corrupted"` = rows with planted contradictions.
+        data (`str`, *optional*, defaults to `"clean"`): `"corrupted"` = rows with planted contradictions; `"own"` =
+            rows that the model itself has written, judged by the parser of the procedural worlds; only in a stage
+            that trains none of `WRITING_GROUPS`.
         note_paraphrase (`float`, *optional*, defaults to 0.0): Probability that a teacher's note on the student's bus
             is told in other words; with `bus_mix` above 0.
         note_contradict (`float`, *optional*, defaults to 0.0): Probability that it tells other values than the text;
@@ -157,6 +162,11 @@ class Stage:
             raise ValueError(f"{where}.train is empty, allowed: one or more of {', '.join(PARAMETER_GROUPS)}.")
         for group in self.train:
             check_choice(f"{where}.train", group, PARAMETER_GROUPS)
+            if self.data == "own" and group in WRITING_GROUPS:
+                judges = [name for name in PARAMETER_GROUPS if name not in WRITING_GROUPS]
+                raise ValueError(
+                    f"{where}.train: {group!r} changes what is written, allowed with data='own': {', '.join(judges)}."
+                )
         if len(set(self.train)) != len(self.train):
             raise ValueError(f"{where}.train={list(self.train)} repeats a group, allowed: each at most once.")
         for group, scale in self.lr_scale.items():

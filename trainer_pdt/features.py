@@ -342,7 +342,8 @@ def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[
 
 class WorldFeatures(Dataset):
     """
-    Features of procedural documents, made when they are asked for: item `i` is document `i` of a split.
+    Features of procedural documents and the `document` itself, made when they are asked for: item `i` is document `i`
+    of a split.
 
     Args:
         split (`str`): ``"train"``, ``"validation"`` or ``"test"``.
@@ -374,4 +375,5 @@ class WorldFeatures(Dataset):
         return generate_document(self.split, index, replace(self.options, hard=hard))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.features(self.document(index))
+        document = self.document(index)
+        return {**self.features(document), "document": document}

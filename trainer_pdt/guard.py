@@ -27,7 +27,7 @@ NEWEST_WEIGHT = 0.05
 
 class NamedBatches:
     """
-    A collator whose batches also say which documents they hold, as `document_ids`.
+    A collator whose batches also say which documents they hold: `document_ids`, and their `documents` where known.
 
     Args:
         collator ([`PDTDataCollator`]): Makes the batch.
@@ -37,8 +37,9 @@ class NamedBatches:
         self.collator = collator
 
     def __call__(self, documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The collator's batch and `document_ids` (`list[str]`)."""
-        return {**self.collator(documents), "document_ids": [document["document_id"] for document in documents]}
+        """The collator's batch, `document_ids` (`list[str]`) and `documents` (`list[Document]`)."""
+        names = [name for name in ("document_id", "document") if name in documents[0]]
+        return {**self.collator(documents), **{f"{name}s": [one[name] for one in documents] for name in names}}
 
 
 class LossGuard(TrainerCallback, ExportableState):

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, has_length
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput
 from modeling_pdt.adapter_files import load_adapter_weights
-from modeling_pdt.hub_layout import copy_code, quantizer_of
+from modeling_pdt.hub_layout import copy_code
 
 from .arguments import PDTTrainingArguments
 from .balance import DistillationBalance
@@ -43,6 +43,8 @@ from .losses import IGNORE_INDEX, LossReport, weighted_total
 from .noise import NoiseDraw, draw_noise
 from .objective import loss_parts
 from .optimizer import SpectralNormCallback, make_optimizer
+from .own_text import OwnText
+from .preconditions import check_model, check_own_text
 from .recovery import RecoverableTrainer, check_layout
 from .sharding import keep_gathered, shard_trunk
 from .tap_cache import TapCache
@@ -81,10 +83,11 @@ class PDTTrainer(RecoverableTrainer):
     ) -> None:
         if curriculum.max_steps != args.max_steps:
             raise ValueError(f"max_steps={args.max_steps}, allowed: that of the curriculum = {curriculum.max_steps}.")
-        _check_model(model, curriculum)
+        check_model(model, curriculum)
         if data_collator is None:
             data_collator = PDTDataCollator.from_config(model.config, kwargs["processing_class"])
-        data_collator.with_corrupted |= any(stage.data == "corrupted" for stage in curriculum.stages)
+        # Planted contradictions are what evaluation measures the agreement head by.
+        data_collator.with_corrupted |= any(stage.data != "clean" for stage in curriculum.stages)
         data_collator.with_variants |= any(stage.needs_variants for stage in curriculum.stages)
         data_collator.with_text_teacher |= args.teacher_kind == "text" and any(
             stage.is_active("kd") for stage in curriculum.stages
@@ -108,6 +111,10 @@ class PDTTrainer(RecoverableTrainer):
             self.guard.on_refusal.append(self.balance.undo)
         cache = args.lower_cache_dir
         self.tap_cache = TapCache(cache, model, str(self.accelerator.mixed_precision)) if cache else None
+        self.own_text = None
+        if check_own_text(curriculum, self.train_dataset, self.accelerator):
+            folder = Path(args.output_dir, "own_text")
+            self.own_text = OwnText(folder, model, self.train_dataset.features, data_collator, args.seed)
         self._kept = [part for part in (self.ema, self.balance) if part is not None]
         every = args.log_gradient_norms
         self.gradient_norms = GradientNormLog(args.output_dir, every) if every else None
@@ -124,7 +131,7 @@ class PDTTrainer(RecoverableTrainer):
     ) -> Tensor | tuple[Tensor, PDTOutput]:
         """Weighted total of the stage's losses on one batch of documents."""
         stage = self.curriculum.stage_at(self.state.global_step)
-        view = inputs["corrupted"] if stage.data == "corrupted" else inputs
+        view = self._view(inputs, stage)
         generator = self._generator()
         noise = self._draw(view, generator)
         caches = self.tap_cache is not None and model.training and self.tap_cache.serves(stage)
@@ -140,6 +147,12 @@ class PDTTrainer(RecoverableTrainer):
         report = weighted_total(parts, weights)
         self._record(report)
         return (report.total, branches.student) if return_outputs else report.total
+
+    def _view(self, inputs: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        """What the stage trains on of a batch."""
+        if stage.data == "own":
+            return self._prepare_inputs(self.own_text.batch(inputs["documents"], stage.name))
+        return inputs["corrupted"] if stage.data == "corrupted" else inputs
 
     def _weights(self, parts: Mapping[str, Tensor], stage: Stage) -> Mapping[str, float]:
         """Weights of the stage's losses, after this micro-batch's measurement where the run balances distillation."""
@@ -374,19 +387,6 @@ class PDTTrainer(RecoverableTrainer):
     def _load_adapter(self, folder: str) -> None:
         config = self.model.config
         load_adapter_weights(self.model.peft, self.model.stack.active, folder, config.adapter_subfolder, {})
-
-
-def _check_model(model: PDTForParallelDecoding, curriculum: Curriculum) -> None:
-    """What the stages train has a gradient, and an effect."""
-    frozen = [name for name, parameter in model.pdt_parameters().items() if not parameter.requires_grad]
-    if frozen:
-        raise ValueError(f"{frozen[0]} is frozen, allowed: all PDT parameters trainable (is_trainable=True).")
-    quantizer = quantizer_of(model.trunk)
-    if quantizer is not None and not quantizer.is_trainable:
-        raise ValueError(f"the trunk has no gradient ({type(quantizer).__name__}), allowed: one loaded dequantised.")
-    unread = [stage.name for stage in curriculum.stages if stage.is_active("plan_snapshot")]
-    if unread and not model.config.plan_on_bus:
-        raise ValueError(f"stages[{unread[0]}].losses.plan_snapshot needs a model with plan_on_bus=True, got False.")
 
 
 def _drop_trunk(model: PDTForParallelDecoding, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -91,8 +91,8 @@ def _linked_as_stated(document: Document) -> Document:
     return replace(document, streams=tuple(streams))
 
 
-def _traced_features(features: FeatureMaker, document: Document) -> dict[str, Any]:
-    """Features of a document; a linked fact that contradicts its source is still compared with it."""
+def traced_features(features: FeatureMaker, document: Document) -> dict[str, Any]:
+    """Features of a document with any sections; a linked fact that contradicts its source is compared with it too."""
     traced = _linked_as_stated(document)
     made = features(document)
     return made if traced == document else {**made, "clean": features.view(document, traced, set(), 0.0)}
@@ -117,7 +117,7 @@ def score_blocks(
     collator = PDTDataCollator.from_config(model.config, features.tokenizer, with_corrupted=view == "corrupted")
     scores = []
     for number, batch in enumerate(batches(documents, batch_size)):
-        inputs = collator([_traced_features(features, document) for document in batch])
+        inputs = collator([traced_features(features, document) for document in batch])
         inputs = inputs["corrupted"] if view == "corrupted" else inputs
         values = _score_batch(model, inputs)
         streams = inputs["input_ids"].shape[0] // len(batch)

@@ -1,0 +1,55 @@
+"""What a training is refused for before its first step: it could not learn, or what it asks for would do nothing."""
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from modeling_pdt import PDTForParallelDecoding
+from modeling_pdt.hub_layout import quantizer_of
+
+from .curriculum import Curriculum
+from .sharding import is_trunk_sharded
+
+
+def check_model(model: PDTForParallelDecoding, curriculum: Curriculum) -> None:
+    """
+    Refuses a model without gradients, and losses that it reads nothing of.
+
+    Args:
+        model (`PDTForParallelDecoding`): The unwrapped model.
+        curriculum ([`Curriculum`]): The stages.
+    """
+    frozen = [name for name, parameter in model.pdt_parameters().items() if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(f"{frozen[0]} is frozen, allowed: all PDT parameters trainable (is_trainable=True).")
+    quantizer = quantizer_of(model.trunk)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise ValueError(f"the trunk has no gradient ({type(quantizer).__name__}), allowed: one loaded dequantised.")
+    unread = [stage.name for stage in curriculum.stages if stage.is_active("plan_snapshot")]
+    if unread and not model.config.plan_on_bus:
+        raise ValueError(f"stages[{unread[0]}].losses.plan_snapshot needs a model with plan_on_bus=True, got False.")
+
+
+def check_own_text(curriculum: Curriculum, dataset: Any, accelerator: Accelerator) -> bool:
+    """
+    Whether a stage trains on own text.
+
+    Args:
+        curriculum ([`Curriculum`]): The stages.
+        dataset: Of training.
+        accelerator (`Accelerator`): Of the run.
+
+    Raises:
+        ValueError: Where nobody can tell what a text says, or processes cannot write at their own pace.
+    """
+    name = next((stage.name for stage in curriculum.stages if stage.data == "own"), None)
+    if name is None:
+        return False
+    if not hasattr(dataset, "document"):
+        raise ValueError(
+            f"stages[{name}].data='own', allowed: with procedural worlds (dataset_path=None), whose parser knows what "
+            "a text says."
+        )
+    if is_trunk_sharded(accelerator):
+        raise ValueError(f"stages[{name}].data='own', allowed with ZeRO-3 or FSDP2: 'clean' or 'corrupted'.")
+    return True
