@@ -27,18 +27,18 @@ def collect_objects(documents: Iterable[Document]) -> dict[str, tuple[str, ...]]
     return {predicate: tuple(sorted(objects)) for predicate, objects in sorted(found.items())}
 
 
-def with_noisy_notes(document: Document, pool: Pool, options: NotesOptions) -> Document:
-    """The document with `options.noisy_variants` noisy notes per stream."""
+def noisy_notes(document: Document, pool: Pool, options: NotesOptions) -> list[tuple[Notes, ...]]:
+    """`options.noisy_variants` noisy notes per stream of a document."""
     wordings = {span.item_id: span for stream in document.streams for span in stream.spans}
     words = {wordings[item.item_id].cue: item.text for item in document.items if item.item_id in wordings}
-    streams = []
+    made = []
     for stream in document.streams:
         variants = []
         for variant in range(options.noisy_variants):
             key = f"{options.noisy_seed}/{document.document_id}/{stream.stream_id}/{variant}"
             variants.append(_noisy(stream, document.items, words, pool, options, random.Random(key)))
-        streams.append(replace(stream, noisy_notes=tuple(variants)))
-    return replace(document, streams=tuple(streams))
+        made.append(tuple(variants))
+    return made
 
 
 def _noisy(

@@ -157,16 +157,16 @@ class Document:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, as `datasets` stores them."""
-        return _plain(self)
+        return to_plain(self)
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """A record without its classes; `dataclasses.asdict` also copies what cannot change, at several times the cost."""
     # Most entries are scalars: a call for each would take most of the time.
     if isinstance(value, tuple):
-        return [entry if type(entry) in _SCALARS else _plain(entry) for entry in value]
+        return [entry if type(entry) in _SCALARS else to_plain(entry) for entry in value]
     if hasattr(value, "__dict__"):
-        return {name: entry if type(entry) in _SCALARS else _plain(entry) for name, entry in vars(value).items()}
+        return {name: entry if type(entry) in _SCALARS else to_plain(entry) for name, entry in vars(value).items()}
     return value
 
 

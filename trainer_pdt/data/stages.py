@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from datasets import Features
 
-from .noisy_notes import collect_objects, with_noisy_notes
+from .noisy_notes import collect_objects, noisy_notes
 from .options import NotesOptions, PlanOptions, SplitOptions
 from .plans import PLAN_FEATURES, checked_plan, plan_from_row, plan_row
 from .preflight import source_from_row
@@ -16,7 +16,7 @@ from .publish import DOCUMENT_FEATURES, document_from_row
 from .quality import check_quality
 from .records import build_document
 from .runner import Mapper
-from .schema import Document
+from .schema import Document, to_plain
 from .splits import SPLIT_FEATURES, Groups, assign_split
 from .storage import Reject, ShardContent, fingerprint, read_shard
 from .teachers import Plan, Rejection, SourceDocument, Teacher
@@ -90,16 +90,20 @@ class NotesStage:
         pairs = [(source, plans[source.document_id]) for source in sources if source.document_id in plans]
         results = mapper(self._document, pairs)
         documents, rejects = _settled((source.document_id for source, _ in pairs), results)
-        pool = collect_objects(document for _, document in documents)
-        rows = [with_noisy_notes(document, pool, self.options).to_dict() for _, document in documents]
-        return ShardContent(rows, rejects)
+        pool = collect_objects(document for _, (document, _) in documents)
+        for _, (document, row) in documents:
+            for stream, variants in zip(row["streams"], noisy_notes(document, pool, self.options), strict=True):
+                stream["noisy_notes"] = to_plain(variants)
+        return ShardContent([row for _, (_, row) in documents], rejects)
 
-    def _document(self, pair: tuple[SourceDocument, Plan]) -> Document | Rejection:
+    def _document(self, pair: tuple[SourceDocument, Plan]) -> tuple[Document, dict[str, Any]] | Rejection:
+        """The document without noisy notes, and its row: made here, while other answers are awaited."""
         source, plan = pair
         try:
-            return build_document(source, plan, self.teacher.notes(source, plan), self.options)
+            document = build_document(source, plan, self.teacher.notes(source, plan), self.options)
         except Rejection as rejection:
             return rejection
+        return document, document.to_dict()
 
 
 @dataclass(frozen=True)

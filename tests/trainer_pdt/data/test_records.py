@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from trainer_pdt.data.noisy_notes import collect_objects, with_noisy_notes
+from trainer_pdt.data.noisy_notes import collect_objects, noisy_notes
 from trainer_pdt.data.notes import dependencies, snapshots, source_of
 from trainer_pdt.data.options import NotesOptions, PlanOptions, SplitOptions
 from trainer_pdt.data.plans import checked_plan, plan_from_row, plan_row
@@ -187,7 +187,7 @@ POOL = {"owner": ("Ana Varga", "Jon Bell"), "year": ("1801", "1852")}
 
 def noisy(**options):
     choice = {"noisy_paraphrase": 0.0, "noisy_drop": 0.0, "noisy_hallucinate": 0.0, "noisy_shuffle": False}
-    return with_noisy_notes(build(), POOL, NotesOptions(**{**choice, **options})).streams[0].noisy_notes
+    return noisy_notes(build(), POOL, NotesOptions(**{**choice, **options}))[0]
 
 
 def test_no_noise_is_the_truth():
@@ -217,17 +217,22 @@ def test_rates_and_independence_of_draws():
     documents = list(generate_documents("train", 0, 120))
     pool = collect_objects(documents)
     options = NotesOptions(noisy_paraphrase=0.0, noisy_drop=0.2, noisy_hallucinate=0.1)
-    made = [with_noisy_notes(document, pool, options) for document in documents]
-    pairs = [(stream.notes, variant) for d in made for stream in d.streams for variant in stream.noisy_notes]
+    made = [noisy_notes(document, pool, options) for document in documents]
+    pairs = [
+        (stream.notes, variant)
+        for document, noise in zip(documents, made, strict=True)
+        for stream, variants in zip(document.streams, noise, strict=True)
+        for variant in variants
+    ]
     facts = sum(len(true.facts) for true, _ in pairs)
     assert abs(1 - sum(len(variant.facts) for _, variant in pairs) / facts - 0.2) < 0.03
     assert abs(sum(fact.certainty < 1 for _, v in pairs for fact in v.facts) / (0.8 * facts) - 0.1) < 0.03
-    assert with_noisy_notes(documents[7], pool, options) == made[7]
+    assert noisy_notes(documents[7], pool, options) == made[7]
     assert all(fact.object in variant.text for _, variant in pairs for fact in variant.facts)
-    more = [with_noisy_notes(d, pool, replace(options, noisy_hallucinate=0.0)) for d in documents[:5]]
-    for document, other in zip(made, more, strict=False):
-        for stream, calm in zip(document.streams, other.streams, strict=True):
-            for variant, quiet in zip(stream.noisy_notes, calm.noisy_notes, strict=True):
+    more = [noisy_notes(d, pool, replace(options, noisy_hallucinate=0.0)) for d in documents[:5]]
+    for noise, other in zip(made, more, strict=False):
+        for variants, calm in zip(noise, other, strict=True):
+            for variant, quiet in zip(variants, calm, strict=True):
                 assert [f.predicate for f in variant.facts] == [f.predicate for f in quiet.facts]
 
 
