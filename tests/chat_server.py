@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from trainer_pdt.toy_endpoint import ToyHandler, ToyServer, serving, toy_document
 
-__all__ = ["KINDS", "ChatServer", "chat_server", "toy_document"]
+__all__ = ["KINDS", "ChatServer", "Handler", "chat_server", "toy_document"]
 
 KINDS = ("429", "500", "timeout", "truncated", "malformed", "schema", "language", "dropped")
 GERMAN = "Was in der Stadt von den Leuten und auch von der Geschichte zu sagen war, das wird nicht für sich erzählt."

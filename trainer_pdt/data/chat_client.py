@@ -323,14 +323,18 @@ class ChatClient:
 
     def _text(self, request: ChatRequest, output: Any, most: Usage) -> tuple[str, Usage]:
         """The text of a response; usage as the server counts it, else the most that it may be."""
-        usage, choices = most, getattr(output, "choices", None)
-        if getattr(output, "usage", None) is not None:
-            usage = self.options.usage(request.model, output.usage.prompt_tokens, output.usage.completion_tokens)
-        if not choices or not isinstance(choices[0].message.content, str):
+        # What a server sends is parsed without checks: a field that it left out is `None`, one of another type stays.
+        counts = getattr(output, "usage", None)
+        tokens = [getattr(counts, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        usage = self.options.usage(request.model, *tokens) if all(isinstance(n, int) for n in tokens) else most
+        choices = getattr(output, "choices", None)
+        choice = choices[0] if choices and isinstance(choices, list) else None
+        text = getattr(getattr(choice, "message", None), "content", None)
+        if not isinstance(text, str):
             raise _Failure("malformed_response", "the response holds no text", usage)
-        if choices[0].finish_reason == "length":
+        if getattr(choice, "finish_reason", None) == "length":
             raise _Failure("truncated_answer", f"cut off after {usage.output_tokens} tokens", usage, 0.0)
-        return choices[0].message.content, usage
+        return text, usage
 
     def _wait(self, attempt: int, wait_s: float | None) -> None:
         if wait_s is None:

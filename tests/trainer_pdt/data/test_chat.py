@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.chat_server import KINDS, chat_server, toy_document
+from tests.chat_server import KINDS, Handler, chat_server, toy_document
 from tests.child_process import exit_code, start_child, wait_until
 from trainer_pdt.data.chat import ChatTeacher
 from trainer_pdt.data.chat_answers import NotesAnswer, PlanAnswer, answer_schema
@@ -43,6 +43,16 @@ def teach(teacher, sources):
 
     with ThreadPoolExecutor(teacher.concurrency) as pool:
         return list(pool.map(one, sources))
+
+
+def odd_handler(**changes):
+    """What answers rightly but for some fields of the response."""
+
+    class OddHandler(Handler):
+        def completion(self, body, content, reason="stop"):
+            return {**super().completion(body, content, reason), **changes}
+
+    return OddHandler
 
 
 def test_plan_and_notes_of_a_document(tmp_path):
@@ -138,6 +148,36 @@ def test_the_last_failure_is_the_reason(tmp_path, kind, reason):
     with chat_server(failures=1.0, kinds=(kind,)) as server:
         assert teach(make_teacher(server, tmp_path, attempts=2), [toy_document(1)]) == [reason]
         assert sum(server.calls.values()) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"choices": None},
+        {"choices": []},
+        {"choices": "text"},
+        {"choices": [{"index": 0}]},
+        {"choices": [{"message": {"role": "assistant", "content": None}}]},
+        {"choices": [{"message": "text"}]},
+        {"choices": {"message": {"content": "text"}}},
+    ],
+)
+def test_a_response_without_a_text_rejects_its_document(tmp_path, changes):
+    # Some of these raised an AttributeError, which stops a build.
+    with chat_server(handler=odd_handler(**changes)) as server:
+        assert teach(make_teacher(server, tmp_path, attempts=2), [toy_document(1)]) == ["malformed_response"]
+        assert sum(server.calls.values()) == 2
+
+
+@pytest.mark.parametrize(
+    "usage", [None, {}, {"total_tokens": 12}, {"prompt_tokens": 9}, "many", {"prompt_tokens": "9"}]
+)
+def test_a_request_without_a_count_may_have_taken_the_most(tmp_path, usage):
+    # A usage without both counts raised a TypeError, which stops a build.
+    with chat_server(handler=odd_handler(usage=usage)) as server:
+        teacher = make_teacher(server, tmp_path, plan_tokens=900, notes_tokens=1100)
+        assert not isinstance(teach(teacher, [toy_document(1)])[0], str)
+    assert AnswerStore(teacher.store).spent()[0] > 2000
 
 
 def test_a_model_hears_what_was_wrong_and_may_write_more(tmp_path):
