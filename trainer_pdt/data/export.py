@@ -41,9 +41,10 @@ STAGES = ("preflight", "plans", "notes", "splits")
 
 @dataclass(frozen=True)
 class _Part:
-    """What one shard adds to the export: rows and measures per split, documents to read."""
+    """What one shard adds to the export: rows, bytes and measures per split, documents to read."""
 
     rows: dict[str, int]
+    sizes: dict[str, int]
     measures: dict[str, QualityMeasures]
     audit: str
 
@@ -104,7 +105,7 @@ class Export:
         write_json(part / REPORT_FILE, report)
         write_text(part / REPORT_PAGE, report_markdown(report))
         write_text(part / AUDIT_FILE, AUDIT_OPENING + "".join(shard.audit for shard in parts))
-        write_text(part / CARD_FILE, self._card(rows, report))
+        write_text(part / CARD_FILE, self._card(part, rows, parts, report))
         files = sorted(path for path in part.rglob("*") if path.is_file())
         write_json(
             part / MANIFEST_FILE,
@@ -134,11 +135,18 @@ class Export:
                 rows["train"] += [copy.to_dict() for copy in copies]
             if found["audit"]:
                 audit += audit_markdown(document)
-        for split, found in rows.items():
-            write_parquet(_shard_file(folder, split, number), found, DOCUMENT_FEATURES)
-        return _Part({split: len(found) for split, found in rows.items()}, measures, audit)
+        sizes = {
+            split: write_parquet(_shard_file(folder, split, number), found, DOCUMENT_FEATURES)
+            for split, found in rows.items()
+        }
+        return _Part({split: len(found) for split, found in rows.items()}, sizes, measures, audit)
 
-    def _card(self, rows: Mapping[str, int], report: Mapping[str, Any]) -> str:
+    def _card(self, folder: Path, rows: Mapping[str, int], parts: list[_Part], report: Mapping[str, Any]) -> str:
+        splits = [
+            {"name": split, "rows": count, "bytes": sum(part.sizes.get(split, 0) for part in parts)}
+            for split, count in rows.items()
+            if count
+        ]
         card = DatasetCard.from_template(
             DatasetCardData(),
             template_path=str(self.card_template),
@@ -146,7 +154,8 @@ class Export:
             dataset_license=self.options.dataset_license,
             languages=self.options.dataset_language,
             repo_id=self.options.hub_dataset_id,
-            splits=[{"name": split, "rows": count} for split, count in rows.items() if count],
+            splits=splits,
+            download_size=sum(file.stat().st_size for file in (folder / DATA_FOLDER).iterdir()),
             domains=sorted({domain for found in report["splits"].values() for domain in found["domains"]}),
             shares=report["splits"]["train"]["shares"],
             rejects={name: stage["rejects"] for name, stage in report["stages"].items() if stage["rejects"]},

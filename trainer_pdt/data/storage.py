@@ -106,12 +106,12 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], features: Features) -> None:
-    """Writes rows as typed parquet."""
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], features: Features) -> int:
+    """Writes rows as typed parquet; returns their bytes in memory."""
     columns = {name: [row[name] for row in rows] for name in features}
     table = InMemoryTable.from_pydict(columns, schema=features.arrow_schema)
     # A fingerprint of its own would be computed by pickling the table.
-    Dataset(table, info=DatasetInfo(features=features), fingerprint=path.stem).to_parquet(str(path))
+    return Dataset(table, info=DatasetInfo(features=features), fingerprint=path.stem).to_parquet(str(path))
 
 
 def read_parquet(path: Path, cache: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

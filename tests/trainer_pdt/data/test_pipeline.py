@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset, load_from_disk
+from huggingface_hub import DatasetCard
 
 from tests.child_process import exit_code, start_child, wait_until
 from tests.data_builds import STAGES, all_bytes, build, build_and_die, file_numbers, make_builder
@@ -277,6 +278,19 @@ def test_the_folder_is_uploaded(copy, monkeypatch):
     assert 'load_dataset("someone/worlds")' in (copy / "dataset" / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="without `hub_dataset_id`"):
         make_builder(copy, push_to_hub=True)
+
+
+def test_a_build_is_not_taken_for_another_of_its_name(built, copy, tmp_path):
+    # The cache of `load_dataset` knew folders by name and card, and all builds are called `dataset`: the second one
+    # loaded had the rows of the first.
+    first = published(built, tmp_path)
+    make_builder(copy, split_seed=1).run()
+    second = published(copy, tmp_path)
+    expected = load_published(str(copy / "dataset"))
+    assert {name: list(split) for name, split in second.items()} == {name: list(expected[name]) for name in expected}
+    assert list(first["train"]) != list(second["train"])
+    info = DatasetCard.load(copy / "dataset" / "README.md").data.dataset_info
+    assert info["download_size"] == sum(path.stat().st_size for path in (copy / "dataset" / "data").iterdir())
 
 
 def test_dry_run_stops_after_the_first_stage(tmp_path):
