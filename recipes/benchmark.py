@@ -22,7 +22,10 @@ KINDS = {
 
 def main(args: list[str] | None = None) -> dict:
     """Runs the benchmark that the first word names and returns what was written."""
-    kind, *rest = sys.argv[1:] if args is None else args
+    kind, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if kind in ("-h", "--help"):
+        sys.stdout.write(f"usage: benchmark.py {{{','.join(KINDS)}}} [--help]\n\n{__doc__}")
+        raise SystemExit(0)
     if kind not in KINDS:
         raise ValueError(f"benchmark {kind!r} is unknown, allowed: {sorted(KINDS)}.")
     owner, run, table = KINDS[kind]

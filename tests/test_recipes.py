@@ -1,7 +1,9 @@
 """Every YAML under recipes/ parses, with the reader that the recipes use."""
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,21 @@ def test_the_trunk_recipe_names_fields_only():
     values = {key: value for key, value in load_yaml(path).items() if key != "threads"}
     arguments, training = RecipeParser(TrunkArguments, TrainingArguments).parse_values(values)
     assert training.max_steps > arguments.card_steps
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+CALLS = [[name] for name in SCRIPTS] + [["benchmark", kind] for kind in ("data", "decode", "step")]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+def test_help_says_what_every_option_is(call, monkeypatch, capsys):
+    # The options of a tiny trunk had names and defaults only, and the benchmarks took --help for one of them.
+    monkeypatch.setattr(sys, "argv", [f"recipes/{call[0]}.py", *call[1:], "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"recipes.{call[0]}").main()
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith("usage: ")
+    assert not re.findall(r"^  --\w+ \((?:required|default [^)]*)\)$", text, re.MULTILINE)
 
 
 def run_training(folder, *options):

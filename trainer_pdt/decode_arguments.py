@@ -1,7 +1,6 @@
 """Options of `recipes/decode.py`, and what they mean for `generate`."""
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import torch
 from modeling_pdt import PDTGenerationConfig
 from modeling_pdt.configuration_generation import INHERITED_FIELDS
 from modeling_pdt.interventions import make_interventions
-from trainer_pdt.parser import load_yaml
+from trainer_pdt.parser import described, load_yaml
 from trainer_pdt.render import render_header
 
 # The recipe's own options of these names say more than the field of the generation configuration.
@@ -23,17 +22,12 @@ def generation_fields() -> list[str]:
     return [name for name in vars(PDTGenerationConfig()) if name not in {*INHERITED_FIELDS, *RECIPE_OWNS}]
 
 
-def _meaning(name: str) -> str:
-    """The first sentence about a field in the docstring of [`PDTGenerationConfig`]."""
-    found = re.search(rf"^ +{name} \(.*?\): (.*?)(?:\.\s|\.$)", PDTGenerationConfig.__doc__, re.DOTALL | re.MULTILINE)
-    if found is None:
-        raise ValueError(f"the docstring of PDTGenerationConfig does not describe {name!r}.")
-    return " ".join(found.group(1).split()) + "."
-
-
 GenerationOptions = dataclasses.make_dataclass(
     "GenerationOptions",
-    [(name, Any, field(default=None, metadata={"help": _meaning(name)})) for name in generation_fields()],
+    [
+        (name, Any, field(default=None, metadata={"help": described(PDTGenerationConfig, name)}))
+        for name in generation_fields()
+    ],
     kw_only=True,
     namespace={"__doc__": "Fields of `PDTGenerationConfig`; `None` means the value that the model was saved with."},
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import enum
+import inspect
 import json
 import re
 import sys
@@ -48,6 +49,16 @@ def as_words(options: dict[str, Any]) -> list[str]:
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *(item if isinstance(item, str) else json.dumps(item) for item in values)]
     return words
+
+
+def described(owner: type, name: str) -> str:
+    """What `Args` in the docstring of a class say about a field; empty where they do not name it."""
+    entries = re.split(r"\n(?= {4}\w)", inspect.getdoc(owner).partition("Args:")[2])
+    for words in (" ".join(entry.split()) for entry in entries):
+        names, _, meaning = words.partition("): ")
+        if name in re.sub(r"\([^()]*\)?", "", names).replace(",", " ").split():
+            return meaning
+    return ""
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -210,10 +221,9 @@ class RecipeParser:
         for owner in self.dataclass_types:
             lines += ["", f"{owner.__name__}:"]
             for field in (field for name, field in self.fields.items() if self.owners[name] is owner):
-                default = "required" if _is_required(field) else f"default {field.default!r}"
-                if field.default_factory is not dataclasses.MISSING:
-                    default = "default made by the class"
-                meaning = " ".join(str(field.metadata.get("help", "")).split())
+                value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+                default = "required" if _is_required(field) else f"default {value!r}"
+                meaning = " ".join((field.metadata.get("help") or described(owner, field.name)).split())
                 lines.append(f"  --{field.name} ({default}) {meaning}".rstrip())
         return "\n".join(lines) + "\n"
 

@@ -211,5 +211,5 @@ def test_help_lists_fields(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert "--dataset_path (required)" in text
-    assert "--stages (default made by the class) what to train when" in text
+    assert "--stages (default []) what to train when" in text
     assert "--gate_lr_scale (default 10.0) multiplier of the gate's rate" in text

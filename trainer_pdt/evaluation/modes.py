@@ -147,7 +147,10 @@ def twin_prompts(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBa
     for index, document in enumerate(documents):
         others = [other for other in documents if other.domain == document.domain and other is not document]
         if not others:
-            raise ValueError(f"documents hold one document of domain {document.domain!r}; a swap needs at least two.")
+            raise ValueError(
+                f"documents hold one of domain {document.domain!r}, a swap needs two or more of each: "
+                "choose more core_documents or hard_documents."
+            )
         request = others[index % len(others)].prompt
         prompts.append(render_request(request, tokenizer) + render_outline(document))
     return prompts

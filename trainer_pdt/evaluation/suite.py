@@ -192,6 +192,8 @@ class Evaluation:
 
     def recall(self) -> dict[str, Any]:
         """Sections `sibling_fact_recall`, `reference_classes`, `references_emitted`, `chance` and `plan`."""
+        # Before anything is written: too few documents are told at once.
+        pairs = list(zip(self.control_documents, twin_prompts(self.control_documents, self.tokenizer), strict=True))
         for mode in RECALL_MODES:
             self.write(mode)
         counts = {mode: self.counts[mode] for mode in RECALL_MODES}
@@ -201,7 +203,7 @@ class Evaluation:
                 recall[f"{mode}_{kind}"] = rate_dict(
                     reference_rate(select_kind(self.documents, self.counts[mode], kind))
                 )
-        recall |= self._swapped()
+        recall |= self._swapped(pairs)
         chance = matching_chance(held_out_documents("train", CHANCE_DOCUMENTS, CHANCE_DOCUMENTS))
         feasible = [r.cue for count in self.counts["pdt"] for r in count.select("feasible")]
         return {
@@ -220,12 +222,10 @@ class Evaluation:
             },
         }
 
-    def _swapped(self) -> dict[str, Any]:
+    def _swapped(self, pairs: Sequence[tuple[Document, str]]) -> dict[str, Any]:
         logger.info("writing with swapped notes")
-        documents = self.control_documents
-        pairs = list(zip(documents, twin_prompts(documents, self.tokenizer), strict=True))
         own, other = self.writers(write_swapped, pairs, agreement_threshold=None, **self.common())
-        return swapped_rates(documents, own.texts, other.texts, self.lag, self.capacity)
+        return swapped_rates(self.control_documents, own.texts, other.texts, self.lag, self.capacity)
 
     def score(self, documents: Sequence[Document], view: str = "clean") -> list[block_scores.BlockScore]:
         """Blocks of documents, see [`score_blocks`]."""

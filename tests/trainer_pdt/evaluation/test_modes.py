@@ -1,6 +1,7 @@
 """Ways of writing documents, on a tiny random trunk with the tokenizer of the tiny recipe."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from trainer_pdt.evaluation.modes import (
     write_sequential,
     write_swapped,
 )
+from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.render import render_header, render_outline, render_prompt, render_request
 from trainer_pdt.trunk import TrunkArguments, trunk_config
 
@@ -131,8 +133,12 @@ def test_twin_prompts_ask_for_another_subject_over_the_same_outline(tokenizer, d
 
 
 def test_twin_prompts_need_two_documents_of_a_domain(tokenizer, documents):
-    with pytest.raises(ValueError, match=f"one document of domain '{documents[2].domain}'; .* at least two"):
+    with pytest.raises(ValueError, match=f"one of domain '{documents[2].domain}', .* more core_documents"):
         twin_prompts(documents[:3], tokenizer)
+    # An evaluation of too few wrote all other modes before it said so.
+    evaluation = SimpleNamespace(control_documents=documents[:3], tokenizer=tokenizer, write=pytest.fail)
+    with pytest.raises(ValueError, match="more core_documents"):
+        Evaluation.recall(evaluation)
 
 
 def test_write_parallel_gives_texts_results_and_events_of_every_document(model, tokenizer, documents):
