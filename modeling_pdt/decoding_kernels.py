@@ -3,8 +3,10 @@
 Letters: R rows, H query heads, G key-value heads, T tokens, K keys, C head width, D trunk width, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -65,24 +67,35 @@ def grouped_attention(
 AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, eager_mask)
 
+# Decoding calls that are inside [`grouped_eager_attention`], by the identity of their trunk's configuration.
+_calls: Counter[int] = Counter()
+_lock = Lock()
+
 
 @contextmanager
 def grouped_eager_attention(trunk: nn.Module) -> Iterator[None]:
     """
     Inside, a trunk of [`FAMILIES`] whose attention is eager uses [`grouped_attention`]; every other trunk its own.
+    Of several threads inside with one trunk, the last one out gives it its own attention back.
 
     Args:
         trunk (`nn.Module`): The causal LM.
     """
-    config = trunk.config
-    if config.model_type not in FAMILIES or config._attn_implementation != "eager":
-        yield
-        return
-    config._attn_implementation = GROUPED
+    config, key = trunk.config, id(trunk.config)
+    with _lock:
+        changes = config.model_type in FAMILIES and (_calls[key] > 0 or config._attn_implementation == "eager")
+        if changes:
+            _calls[key] += 1
+            config._attn_implementation = GROUPED
     try:
         yield
     finally:
-        config._attn_implementation = "eager"
+        if changes:
+            with _lock:
+                _calls[key] -= 1
+                if not _calls[key]:
+                    del _calls[key]
+                    config._attn_implementation = "eager"
 
 
 def head_logits(head: nn.Module, hidden_RD: torch.Tensor) -> torch.Tensor:

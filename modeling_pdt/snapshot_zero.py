@@ -78,10 +78,10 @@ def write_outlines(
         pad_token_id=pad,
         stop_strings=[OUTLINE_END, PLAN_SENTINEL],
     )
-    with model.disable_adapter():
-        written = model.trunk.generate(
-            input_ids=ids, attention_mask=mask, generation_config=options, tokenizer=tokenizer
-        )[:, width:]
+    # Without notes and streams nothing is conditioned; switching the adapter off would reach other calls, too.
+    written = model.trunk.generate(
+        input_ids=ids, attention_mask=mask, generation_config=options, tokenizer=tokenizer
+    )[:, width:]
     extended, plans = [], []
     for prompt, row in zip(prompts, written.tolist(), strict=True):
         text = tokenizer.decode(row, skip_special_tokens=True)

@@ -188,6 +188,12 @@ def replaced(module: nn.Module, **values: Any) -> Iterator[None]:
             setattr(module, name, value)
 
 
+def needs_its_call(layer: nn.Module) -> bool:
+    """Whether more happens in a layer's call than in its class's `forward`, by hooks or because it is trained."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return bool(layer.training or hooks or "forward" in vars(layer))
+
+
 def run_layer(
     stack: nn.Module,
     index: int,
@@ -201,20 +207,21 @@ def run_layer(
     attention and its MLP.
     """
     layer, reads = stack.layers[index], isinstance(state.cache, PrefixCache)
-    call = partial(
-        layer,
-        attention_mask=state.masks[kind],
-        position_embeddings=state.position_embeddings,
-        position_ids=state.position_ids,
-        past_key_values=state.cache,
-        use_cache=state.cache is not None and not reads,
+    arguments = {
+        "attention_mask": state.masks[kind],
+        "position_embeddings": state.position_embeddings,
+        "position_ids": state.position_ids,
+        "past_key_values": state.cache,
+        "use_cache": state.cache is not None and not reads,
         **state.layer_kwargs,
-    )
+    }
     if act is None and not reads:
-        return call(hidden)
+        return layer(hidden, **arguments)
+    if act is not None and not reads and not needs_its_call(layer):
+        return run_parts(layer, hidden, act, **arguments)
     changes: dict[str, Any] = {} if act is None else {"forward": partial(run_parts, layer, act=act)}
     with replaced(layer, **changes, **({"_can_checkpoint_with_cache": True} if reads else {})):
-        return call(hidden)
+        return layer(hidden, **arguments)
 
 
 def make_masks(
