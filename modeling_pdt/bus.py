@@ -96,6 +96,8 @@ class NotesBus:
         device, dtype: Of the stored notes.
         reads_SS (`torch.BoolTensor` of shape `[S, S]`, *optional*): From [`topology_matrix`].
         retention (`str`, *optional*, defaults to `"fifo"`): Which rounds stay readable; see [`retained_places`].
+        retention_score (`str`, *optional*, defaults to `"novelty"`): What `score_BSV` holds of every round:
+            [`novelty`], or `"attention"`, see [`~readings.ReceivedAttention`].
     """
 
     # Rounds added whenever the places are taken.
@@ -114,7 +116,9 @@ class NotesBus:
         dtype: torch.dtype = torch.float32,
         reads_SS: torch.Tensor | None = None,
         retention: str = "fifo",
+        retention_score: str = "novelty",
     ) -> None:
+        self.retention_score = retention_score
         self.num_streams, self.capacity = num_streams, capacity
         self.reads_SS = None if reads_SS is None else reads_SS.to(device)
         self.recent, self.scored, self.merged = retained_places(retention, capacity)
@@ -132,7 +136,7 @@ class NotesBus:
             num_prompts, num_streams, 0, notes_per_block, notes_dim, device=device, dtype=dtype
         )
         self.published_BSV = torch.zeros(num_prompts, num_streams, 0, dtype=torch.bool, device=device)
-        self.novelty_BSV = torch.zeros(num_prompts, num_streams, 0, device=device)
+        self.score_BSV = torch.zeros(num_prompts, num_streams, 0, device=device)
 
     def _grow(self, rounds: int) -> None:
         missing = rounds - self.published_BSV.shape[2]
@@ -140,7 +144,7 @@ class NotesBus:
             missing = max(missing, self.GROWTH)
             self.notes_BSVKN = torch.nn.functional.pad(self.notes_BSVKN, (0, 0, 0, 0, 0, missing))
             self.published_BSV = torch.nn.functional.pad(self.published_BSV, (0, missing))
-            self.novelty_BSV = torch.nn.functional.pad(self.novelty_BSV, (0, missing))
+            self.score_BSV = torch.nn.functional.pad(self.score_BSV, (0, missing))
 
     def publish(self, rows: torch.Tensor, rounds: torch.Tensor, notes_MKN: torch.Tensor) -> None:
         """
@@ -168,9 +172,11 @@ class NotesBus:
         prompt, stream = rows // self.num_streams, rows % self.num_streams
         if len(set(places)) < len(places) or bool(self.published_BSV[prompt, stream, rounds].any()):
             raise ValueError("a round is published once; withdraw it first.")
-        if self.scored:
+        if self.scored and self.retention_score == "novelty":
             earlier = self.notes_BSVKN[prompt, stream], self.published_BSV[prompt, stream]
-            self.novelty_BSV[prompt, stream, rounds] = novelty(notes_MKN, *earlier, rounds)
+            self.score_BSV[prompt, stream, rounds] = novelty(notes_MKN, *earlier, rounds)
+        else:
+            self.score_BSV[prompt, stream, rounds] = 0.0
         self.notes_BSVKN[prompt, stream, rounds] = notes_MKN.to(self.notes_BSVKN)
         self.published_BSV[prompt, stream, rounds] = True
 
@@ -251,7 +257,7 @@ class NotesBus:
         """What retention keeps of the rounds up to `newest` `[M]`, as [`_rounds`] returns it."""
         stored = self.published_BSV.shape[2]
         old_MSV = self.published_BSV[prompt] & (torch.arange(stored, device=newest.device) <= newest[:, None, None])
-        chosen, rest = select_older(old_MSV, self.novelty_BSV[prompt], min(self.scored, stored))
+        chosen, rest = select_older(old_MSV, self.score_BSV[prompt], min(self.scored, stored))
         notes, version = self._rounds(prompt, chosen)
         if not self.merged:
             return notes, version

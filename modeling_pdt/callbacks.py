@@ -19,7 +19,11 @@ class ParallelDecodingCallback:
 
     Every method gets the running decoder, to be read and not changed: `decoder.settings`, `decoder.inputs`,
     `decoder.streams`, `decoder.bus` and `decoder.trace`. Rows are numbered `prompt * num_streams + stream`.
+    `wants_readings`: whether `on_token` finds a [`~readings.Reading`] of its trunk call in
+    `decoder.readings.last`.
     """
+
+    wants_readings = False
 
     def on_plan(self, decoder: Any) -> None:
         """Called once, before the prefill: prompts, plan and settings are known."""
@@ -62,6 +66,11 @@ class CallbackList:
         for callback in self.callbacks:
             if isinstance(callback, type) or not all(callable(getattr(callback, name, None)) for name in EVENTS):
                 raise ValueError(f"callbacks must hold ParallelDecodingCallback objects, got {callback!r}.")
+
+    @property
+    def want_readings(self) -> bool:
+        """Whether one of them wants to know what every trunk call reads."""
+        return any(getattr(callback, "wants_readings", False) for callback in self.callbacks)
 
     def fire(self, event: str, *values: Any) -> None:
         """Calls one method of all callbacks with the decoder and what has happened."""

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from .configuration_adapter import check_choice, check_integer, check_range
 from .policies import CadencePolicy, FlickerGuard, GateAnnealing, SensitivityProbe, make_policy
-from .retention import RETENTION_MODES
+from .retention import RETENTION_MODES, RETENTION_SCORES
 
 PLAN_SOURCES = ("trunk", "planner", None)
 RETRY_POLICIES = ("refresh", "stale")
@@ -37,6 +37,9 @@ class PDTGenerationConfig(GenerationConfig):
         bus_capacity (`int`, *optional*): Rounds kept readable.
         retention (`str`, *optional*, defaults to `"fifo"`): Which rounds these are: `"fifo"`, `"scored"`,
             `"compressed"` or `"hybrid"`; see [`retained_places`].
+        retention_score (`str`, *optional*, defaults to `"novelty"`): By what `"scored"` and `"hybrid"` keep older
+            rounds: the `"novelty"` of their notes, or the `"attention"` that these got from readers; see
+            [`~readings.ReceivedAttention`].
         bus_dtype (`str`, *optional*, defaults to `"float32"`): In which notes are stored: `"float32"`, `"bfloat16"` or
             `"float16"`.
         topology (`list[tuple[int, int]]`, *optional*): Edges (writer, reader) between streams. `None`: every stream
@@ -71,6 +74,7 @@ class PDTGenerationConfig(GenerationConfig):
         self.bus_lag = kwargs.pop("bus_lag", None)
         self.bus_capacity = kwargs.pop("bus_capacity", None)
         self.retention = kwargs.pop("retention", "fifo")
+        self.retention_score = kwargs.pop("retention_score", "novelty")
         self.bus_dtype = kwargs.pop("bus_dtype", "float32")
         self.topology = kwargs.pop("topology", None)
         self.self_notes = kwargs.pop("self_notes", False)
@@ -120,6 +124,12 @@ class PDTGenerationConfig(GenerationConfig):
 
     def _check_bus(self, owner: str) -> None:
         check_choice(owner, "retention", self.retention, RETENTION_MODES)
+        check_choice(owner, "retention_score", self.retention_score, RETENTION_SCORES)
+        if self.retention_score != "novelty" and self.retention not in ("scored", "hybrid"):
+            raise ValueError(
+                f"{owner}.retention_score={self.retention_score!r} needs retention='scored' or 'hybrid', "
+                f"got {self.retention!r}."
+            )
         check_choice(owner, "bus_dtype", self.bus_dtype, BUS_DTYPES)
         check_choice(owner, "self_notes", self.self_notes, (True, False))
         check_integer(owner, "self_only_rounds", self.self_only_rounds, 0)

@@ -27,6 +27,7 @@ from .memory import notes_memory
 from .note_states import NoteStates
 from .outputs import ParallelGenerateOutput, collect_output
 from .prefill import header_batch, prefill_prompts
+from .readings import Readings
 from .safeguards import SensitivityMeter
 from .sampling import choose_tokens, fold_keys, history_free, keyed_uniform, process_logits, prompt_keys
 from .stalling import Stalling
@@ -38,7 +39,7 @@ from .trunk_split import TapState, rewind_tap
 
 class ParallelDecoder:
     """
-    One decoding call. `request` is what the rows of the batch asked to read when their windows were made last.
+    One decoding call.
 
     Args:
         model (`PDTForParallelDecoding`): Trunk and adapters.
@@ -47,7 +48,6 @@ class ParallelDecoder:
         callbacks (`list[ParallelDecodingCallback]`, *optional*): Receive every event.
     """
 
-    request: WindowRequest | None = None
     disturbed_states: NoteStates | None = None
 
     def __init__(
@@ -87,6 +87,7 @@ class ParallelDecoder:
             getattr(torch, settings.bus_dtype),
             topology_matrix(settings.topology, settings.num_streams, settings.self_notes),
             settings.retention,
+            settings.retention_score,
         )
         self.stalling = Stalling(self.streams, self.bus) if settings.commit_policy == "stall" else None
         self.head = partial(head_logits, model.get_output_embeddings())
@@ -108,7 +109,9 @@ class ParallelDecoder:
         self.interventions = InterventionChain(inputs.interventions, settings.num_streams, len(inputs.prompts))
         self.trace = self._new_trace()
         streamer = parallel_streamer(streamer, len(inputs.headers), inputs.prompts[0] + inputs.headers[0])
-        self.events = DecodingEvents(self, CallbackList([*(callbacks or ()), StreamerCallback(streamer)]))
+        callbacks = CallbackList([*(callbacks or ()), StreamerCallback(streamer)])
+        self.events = DecodingEvents(self, callbacks)
+        self.readings = Readings(self.bus, len(inputs.headers), callbacks.want_readings)
 
     def _new_trace(self) -> DecodingTrace:
         """A trace of the choices of the call and of the model."""
@@ -235,6 +238,7 @@ class ParallelDecoder:
         """The tap with these rows at the token before the block that they write again; its lower half is known."""
         streams, self.restarting = self.streams, True
         streams.withdraw(rows_M)
+        self.readings.forget(rows_M)
         rows_A = streams.batch_A
         hidden = streams.tap_RLD[rows_A, streams.fed_R[rows_A], None].to(tap.hidden.dtype)
         return rewind_tap(self.stack.base_layer, tap, hidden, streams.mask, streams.position_R[rows_A, None] - 1)
@@ -263,6 +267,7 @@ class ParallelDecoder:
         if self.restarting:
             states = replace(states, mask=restrict_to_streams(states.mask, stream_ids), biases=())
         hidden = self.stack.upper(tap, states, stream_ids)
+        self.readings.read(self.streams.batch_rows, states, stream_ids)
         if blend == 1:
             return hidden
         # The head is affine: blended states have blended logits.
@@ -296,13 +301,13 @@ class ParallelDecoder:
             return
         rows_A, lag_R = streams.batch_A, torch.full_like(streams.round_R, settings.bus_lag)
         lag_R = self.retries.lag(lag_R, streams.attempt_R)
-        self.request = self._request(rows_A, streams.round_R[rows_A], lag_R[rows_A])
-        notes, mask = self._window(self.request)
+        request = self._request(rows_A, streams.round_R[rows_A], lag_R[rows_A])
+        notes, mask = self._window(request)
         scale = self.gate_scale.of(rows_A)
         scale = self.interventions.gate_scale(rows_A, scale)
         states = self.stack.project_notes(notes, mask, scale)
         biases = tuple(site.bias(states.mask) for site in self.stack.snc)
-        self.note_states = replace(states, biases=biases)
+        self.note_states = replace(states, biases=biases, collected=self.readings.open(request))
         if self.sensitivity.probe is not None and bool(mask.any()) and self.sensitivity.due():
             disturbed = self.sensitivity.disturb(notes, mask)
             self.disturbed_states = replace(self.stack.project_notes(disturbed, mask, scale), biases=biases)
@@ -368,6 +373,7 @@ class ParallelDecoder:
         if rows_M.numel() == 0:
             return
         streams.commit(rows_M)
+        self.readings.commit(rows_M)
         streams.finish(rows_M[streams.ending(self.eos_ids)[rows_M]], self.eos_ids)
         for row, covered in zip(rows_M.tolist(), coverage, strict=True):
             streams.sections[row].coverage = covered
@@ -388,6 +394,7 @@ class ParallelDecoder:
             uniform = keyed_uniform(streams.fed_R[rows_M], attempt_M, state=self.key_R[rows_M])
         tokens = choose_tokens(scores, settings.do_sample, uniform)
         streams.choose(rows_M, tokens)
+        self.readings.choose(rows_M)
         self.events.tell("on_token", rows_M, tokens, scores)
         if self.inputs.criteria:
             for row, history, token, score in zip(rows_M.tolist(), histories, tokens, scores, strict=True):

@@ -25,6 +25,7 @@ class Settings:
     bus_lag: int
     bus_capacity: int
     retention: str
+    retention_score: str
     bus_dtype: str
     topology: list[tuple[int, int]] | None
     self_notes: bool
@@ -92,6 +93,7 @@ def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, 
         bus_lag=value("bus_lag"),
         bus_capacity=capacity,
         retention=config.retention,
+        retention_score=config.retention_score,
         bus_dtype=config.bus_dtype,
         topology=config.topology,
         self_notes=config.self_notes,

@@ -19,6 +19,8 @@ class NoteStates:
         gate_scale (`float` or `torch.Tensor` of shape `[R]`, *optional*, defaults to 1.0): Multiplies the gate.
         biases (`tuple[torch.Tensor]`, *optional*): Per site, the mask as [`SharedNotesCrossAttention.bias`] makes it,
             for a window that many forwards read. Empty: made in every forward.
+        collected (`list`, *optional*): Receives, of every site in order, its gate with the scale, broadcastable to
+            `[R, T, H]`, and its attention `[G, H, R / G * T, W + 1]`. `None`: nothing is kept.
         first_reader (`int`, *optional*, defaults to 0): No row reads anything, nor has a stream, at the tokens before
             this one, as in a prompt; with a mask `[R, T, W]` only.
     """
@@ -29,6 +31,7 @@ class NoteStates:
     rows_per_group: int = 1
     gate_scale: float | torch.Tensor = 1.0
     biases: tuple[torch.Tensor, ...] = ()
+    collected: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     first_reader: int = 0
 
     def after(self, columns: int) -> "NoteStates":

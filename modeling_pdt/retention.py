@@ -6,6 +6,7 @@ Letters: M readers or rows, S streams, V rounds, K notes per block, N note width
 import torch
 
 RETENTION_MODES = ("fifo", "scored", "compressed", "hybrid")
+RETENTION_SCORES = ("novelty", "attention")
 
 
 def retained_places(retention: str, capacity: int) -> tuple[int, int, int]:
@@ -13,9 +14,9 @@ def retained_places(retention: str, capacity: int) -> tuple[int, int, int]:
     How the `capacity` places of every producer are shared out.
 
     - `"fifo"`: the newest rounds.
-    - `"scored"`: the newest half (rounded up); the others go to the older rounds with the highest [`novelty`].
+    - `"scored"`: the newest half (rounded up); the others go to the older rounds with the highest score.
     - `"compressed"`: one place holds the mean of all rounds that have no place of their own; the others the newest.
-    - `"hybrid"`: one place for the mean; of the others the newest half (rounded up), then the highest novelty.
+    - `"hybrid"`: one place for the mean; of the others the newest half (rounded up), then the highest score.
 
     Returns:
         `(recent, scored, merged)`, which add up to `capacity`.
@@ -48,19 +49,19 @@ def novelty(
     return 1 - torch.where(before.any(dim=1), highest, 0.0)
 
 
-def select_older(old_MSV: torch.Tensor, novelty_MSV: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
+def select_older(old_MSV: torch.Tensor, score_MSV: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The most novel of the old rounds, in order of writing; the earlier of equals.
+    The old rounds with the highest scores, in order of writing; the earlier of equals.
 
     Args:
         old_MSV (`torch.BoolTensor` of shape `[M, S, V]`): Rounds to choose from.
-        novelty_MSV (`torch.Tensor` of shape `[M, S, V]`): Their novelty.
+        score_MSV (`torch.Tensor` of shape `[M, S, V]`): Their scores.
         places (`int`): How many to choose, at most V.
 
     Returns:
         `(rounds, rest)`: `[M, S, places]` with -1 where there are fewer, and the old rounds not chosen `[M, S, V]`.
     """
-    order = novelty_MSV.masked_fill(~old_MSV, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    order = score_MSV.masked_fill(~old_MSV, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     index = order[..., :places]
     chosen = torch.zeros_like(old_MSV).scatter(-1, index, True) & old_MSV
     return torch.where(old_MSV.gather(-1, index), index, -1).sort(dim=-1).values, old_MSV & ~chosen

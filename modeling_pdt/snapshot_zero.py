@@ -79,9 +79,9 @@ def write_outlines(
         stop_strings=[OUTLINE_END, PLAN_SENTINEL],
     )
     # Without notes and streams nothing is conditioned; switching the adapter off would reach other calls, too.
-    written = model.trunk.generate(
-        input_ids=ids, attention_mask=mask, generation_config=options, tokenizer=tokenizer
-    )[:, width:]
+    written = model.trunk.generate(input_ids=ids, attention_mask=mask, generation_config=options, tokenizer=tokenizer)[
+        :, width:
+    ]
     extended, plans = [], []
     for prompt, row in zip(prompts, written.tolist(), strict=True):
         text = tokenizer.decode(row, skip_special_tokens=True)

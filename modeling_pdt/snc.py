@@ -146,9 +146,11 @@ class SharedNotesCrossAttention(nn.Module):
         Returns:
             `torch.Tensor` of shape `[R, T, H, head_dim]`; zeros where nothing is visible.
         """
-        rows, tokens = queries_RTD.shape[:2]
-        context = self.weights(queries_RTD, keys, bias) @ values
-        return context.transpose(1, 2).reshape(rows, tokens, self.num_heads, self.head_dim)
+        return self.context(self.weights(queries_RTD, keys, bias), values, queries_RTD.shape[1])
+
+    def context(self, weights: torch.Tensor, values: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Per-head context `[R, T, H, head_dim]` from [`weights`] and the values of [`project`]; T is `tokens`."""
+        return (weights @ values).transpose(1, 2).reshape(-1, tokens, self.num_heads, self.head_dim)
 
     def forward(self, hidden_RTD: torch.Tensor, note_states: NoteStates, site: int) -> torch.Tensor:
         """The state with what it read from the notes added, in the state's dtype."""
@@ -159,9 +161,12 @@ class SharedNotesCrossAttention(nn.Module):
         if bias is None:
             mask = note_states.mask[:, start:] if start else note_states.mask
             bias = self.bias(mask, reading.shape[1], note_states.rows_per_group)
-        context = self.attend(queries, note_states.keys[site], note_states.values[site], bias)
+        weights = self.weights(queries, note_states.keys[site], bias)
+        context = self.context(weights, note_states.values[site], reading.shape[1])
         scale = note_states.gate_scale
         gate = self.gate(queries) * (scale.view(-1, 1, 1) if torch.is_tensor(scale) else scale)
+        if note_states.collected is not None:
+            note_states.collected.append((gate, weights))
         update = self.o_proj((context * gate.unsqueeze(-1)).flatten(2))
         rms = torch.linalg.vector_norm(reading.detach(), dim=-1, keepdim=True, dtype=torch.float32)
         read = reading + (update * (rms * reading.shape[-1] ** -0.5)).to(reading.dtype)

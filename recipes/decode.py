@@ -33,7 +33,7 @@ def open_callbacks(
     if arguments.memory_report:
         callbacks.append(MemoryRecorder())
     if arguments.reading_records:
-        callbacks.append(stack.enter_context(ReadingRecorder()))
+        callbacks.append(ReadingRecorder())
     if arguments.stream_jsonl is not None:
         path = Path(arguments.stream_jsonl)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -233,7 +233,7 @@ def cases(draw, longest=14, models=MID):
     if choices.plan is None and draw(st.booleans()):
         item = st.tuples(texts(1, 5), st.one_of(st.none(), st.integers(0, streams - 1)))
         items = [draw(st.one_of(st.lists(item, min_size=2, max_size=3), st.just([]))) for _ in range(prompts)]
-    return Case(
+    case = Case(
         model=draw(st.sampled_from(models)),
         choices=choices,
         prompts=[draw(st.lists(tokens, min_size=1, max_size=12)) for _ in range(prompts)],
@@ -243,3 +243,6 @@ def cases(draw, longest=14, models=MID):
         seeds=draw(st.integers(0, 2)),
         interventions=draw(interventions(prompts, streams)),
     )
+    if choices.retention in ("scored", "hybrid"):
+        choices.retention_score = draw(st.sampled_from(["novelty", "attention"]))
+    return case

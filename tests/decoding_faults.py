@@ -93,8 +93,8 @@ def plan_of_the_next_prompt(init):
 
 
 @fault(bus, "select_older")
-def retention_keeps_the_least_novel(select_older):
-    return lambda old, novelty, places: select_older(old, -novelty, places)
+def retention_keeps_the_lowest_score(select_older):
+    return lambda old, score, places: select_older(old, -score, places)
 
 
 @fault(bus, "merge_rounds")

@@ -30,6 +30,7 @@ class Choices:
     bus_lag: int = 1
     bus_capacity: int = 16
     retention: str = "fifo"
+    retention_score: str = "novelty"
     topology: list[tuple[int, int]] | None = None
     self_notes: bool = False
     self_only_rounds: int = 0
@@ -63,6 +64,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     reading: Reading | None = None
     readings: list[Reading] = field(default_factory=list)
+    shares: list[dict] = field(default_factory=list)
     next_token: int = -1
     block_start: int = 0
     round: int = 0
@@ -140,7 +142,10 @@ class ReferenceDecoder:
 
     def _choose(self, row):
         """The next token, after the penalty for tokens of the row's own text: the likeliest, or one that is drawn."""
-        scores = self.text.logits(row) / self.choices.retry_temperature ** max(0, row.attempt - 1)
+        scores = self.text.logits(row)
+        if row.readings and self.choices.logit_blend > 0:
+            row.shares.append(self.text.shares(row))
+        scores = scores / self.choices.retry_temperature ** max(0, row.attempt - 1)
         if self.choices.repetition_penalty is not None:
             seen = torch.tensor(sorted(set(row.text)))
             kept, penalty = scores[seen], self.choices.repetition_penalty
@@ -228,12 +233,17 @@ class ReferenceDecoder:
             if row.waiting:
                 row.attempt, row.heard = row.attempt + 1, len(self.windows.from_sources(row))
             elif gone:
+                row.shares = []
                 row.tokens = row.tokens[: row.block_start]
                 row.attempt, row.retries = row.attempt + 1, row.retries + 1
             else:
                 row.blocks.append((start, end))
                 row.block_start, row.round, row.attempt = end, row.round + 1, 0
                 row.live = not self._ended(row)
+        standing = [row for row in rows if row.number not in withdrawn]
+        self.windows.receive([row.shares for row in standing])
+        for row in standing:
+            row.shares = []
 
     def _judge(self, rows, coverage):
         """
@@ -317,8 +327,9 @@ class ReferenceDecoder:
     def _reading(self, row):
         """What the row's tokens read from now on."""
         rewriting = row.attempt > 0 and self.choices.retry_policy == "refresh"
-        notes = self.windows.read(row, lag=0 if rewriting else self.choices.bus_lag)
-        return Reading(notes, self.windows.gate_scale(row, self._scale(row)))
+        places = []
+        notes = self.windows.read(row, 0 if rewriting else self.choices.bus_lag, places)
+        return Reading(notes, self.windows.gate_scale(row, self._scale(row)), places)
 
     def _close(self, gap):
         """Remembers how close the closest decision was."""

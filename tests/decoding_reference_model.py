@@ -10,10 +10,14 @@ from modeling_pdt.trunk_split import run_upper
 
 @dataclass(eq=False)
 class Reading:
-    """What a token reads: notes `[W, N]`, the gate's scale, and keys and values by site of SNC."""
+    """
+    What a token reads: notes `[W, N]`, the gate's scale, whose notes these are (prompt, stream, round; `None` for the
+    plan and for merged rounds), and keys and values by site of SNC.
+    """
 
     notes: torch.Tensor
     scale: float
+    places: list[tuple[int, int, int] | None]
     projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -28,7 +32,7 @@ class TextModel:
 
     def __init__(self, model, choices):
         self.model, self.stack, self.heads, self.choices = model, model.stack, model.stack.heads, choices
-        self.taps = {}
+        self.taps, self.attention = {}, []
 
     def tap(self, ids):
         """The lower half over a text, which depends on nothing else."""
@@ -55,9 +59,18 @@ class TextModel:
 
     def last_states(self, row):
         """What the head reads, over the whole text; the head is affine, so blended states have blended logits."""
+        self.attention = []
         tap, blend = self.tap(row.text), self.choices.logit_blend
         conditioned = self._upper(tap, row) if blend > 0 else 0
         return blend * conditioned + (1 - blend) * self.stack.upper(tap) if blend < 1 else conditioned
+
+    def shares(self, row):
+        """Share of attention that every round got from the row's last token, in the logits made last."""
+        mean, shares = torch.stack(self.attention).mean(0), {}
+        for place, weight in zip(row.readings[-1].places, mean.tolist(), strict=True):
+            if place is not None:
+                shares[place] = shares.get(place, 0) + weight
+        return shares
 
     def _upper(self, tap, row):
         """The upper half: tokens after the prompt go through the stream's adapter and read what they have read."""
@@ -112,6 +125,7 @@ class TextModel:
         scores_THW = scores_THW.masked_fill((owner != reader[:, None])[:, None], float("-inf"))
         sink = snc.sink[:, None].expand(len(hidden_TD), -1, 1)
         weights = torch.cat([scores_THW, sink], dim=-1).softmax(dim=-1)[..., :-1]
+        self.attention.append(weights[-1].mean(dim=0)[owner == reader[-1]])
         context = torch.einsum("qhk,khd->qhd", weights, values)
         logit = snc.gate.logit if snc.gate.dynamic is None else snc.gate.logit + snc.gate.dynamic(queries_TD)
         gate = torch.sigmoid(logit) * torch.tensor([[one.scale] for one in row.readings])

@@ -32,8 +32,9 @@ class Windows:
 
     def __init__(self, choices, snapshots, interventions, close):
         self.choices, self.snapshots, self.interventions, self.close = choices, snapshots, interventions, close
-        # Notes [K, N] by (prompt, stream, round), and how novel they were when they were published.
-        self.notes, self.novelty = {}, {}
+        # Notes [K, N] by (prompt, stream, round), how novel they were when they were published, and the attention that
+        # they have got.
+        self.notes, self.novelty, self.attention = {}, {}, {}
 
     def publish(self, row, notes):
         place = row.prompt, row.stream, row.round
@@ -42,28 +43,42 @@ class Windows:
             self.notes[row.prompt, row.stream, other] for other in self._rounds(row.prompt, row.stream, row.round)
         ]
         likeness = [float(cosine_similarity(notes.mean(0), other.mean(0), dim=0)) for other in before]
-        self.notes[place], self.novelty[place] = notes, 1 - max(likeness, default=0.0)
+        self.notes[place], self.novelty[place], self.attention[place] = notes, 1 - max(likeness, default=0.0), 0.0
+
+    def receive(self, blocks):
+        """Blocks that stand together, as what each of their tokens gave to the rounds that it saw."""
+        values = {}
+        for shares in blocks:
+            for place in {place for one in shares for place in one}:
+                seen = [one[place] for one in shares if place in one]
+                values.setdefault(place, []).append(sum(seen) / len(seen))
+        for place, given in values.items():
+            before, value = self.attention[place], sum(given) / len(given)
+            self.attention[place] = 0.9 * before + 0.1 * value if before else value
 
     def withdraw(self, row):
         del self.notes[row.prompt, row.stream, row.round]
 
-    def read(self, row, lag):
-        """What the row may read, `[W, N]`: the plan first."""
+    def read(self, row, lag, places=None):
+        """What the row may read, `[W, N]`: the plan first; `places` receives whose notes these are."""
         own = row.round < self.choices.self_only_rounds
         request = Request(row.prompt, row.stream, row.round, lag, own)
         for one in self._concerning(row):
             self._edit_request(one, request)
         seen = [
-            notes
+            (None if merged else (request.prompt, producer, version), notes)
             for producer in range(self.choices.num_streams)
             if self._reads(request, producer)
-            for version, notes in self._kept(request, producer)
+            for version, notes, merged in self._kept(request, producer)
             if producer != request.stream or version < request.round
         ]
         plan = self.snapshots[row.prompt]
-        notes = torch.cat([plan[:0], *seen])
+        notes = torch.cat([plan[:0], *(notes for _, notes in seen)])
         for one in self._concerning(row):
             plan, notes = self._edit_window(one, plan, notes)
+        if places is not None:
+            whose = [place for place, notes in seen for _ in notes][: len(notes)]
+            places += [None] * len(plan) + whose
         return torch.cat([plan, notes])
 
     def sources(self, row):
@@ -130,7 +145,10 @@ class Windows:
         return sorted(v for p, s, v in self.notes if (p, s) == (prompt, stream) and v < end)
 
     def _kept(self, request, producer):
-        """The notes that retention keeps of a stream, as (newest round in them, notes `[K, N]`), oldest first."""
+        """
+        The notes that retention keeps of a stream, as (newest round in them, notes `[K, N]`, whether they are merged),
+        oldest first.
+        """
         capacity, retention = self.choices.bus_capacity, self.choices.retention
         places = capacity - (retention in ("compressed", "hybrid"))
         scored = places // 2 if retention in ("scored", "hybrid") else 0
@@ -139,17 +157,19 @@ class Windows:
         stored = {version: self.notes[request.prompt, producer, version] for version in rounds}
         recent = [version for version in rounds if version > newest - (places - scored)]
         if retention == "fifo":
-            return [(version, stored[version]) for version in recent]
+            return [(version, stored[version], False) for version in recent]
         older = [version for version in rounds if version not in recent]
-        novelty = {version: self.novelty[request.prompt, producer, version] for version in older}
-        ranked = sorted(older, key=lambda version: -novelty[version])
-        if 0 < scored < len(ranked):
-            self.close(novelty[ranked[scored - 1]] - novelty[ranked[scored]])
+        scores = self.novelty if self.choices.retention_score == "novelty" else self.attention
+        score = {version: scores[request.prompt, producer, version] for version in older}
+        ranked = sorted(older, key=lambda version: -score[version])
+        # Rounds that nobody has read yet are equals, the first of them comes first.
+        if 0 < scored < len(ranked) and (scores is self.novelty or score[ranked[scored - 1]] > 0):
+            self.close(score[ranked[scored - 1]] - score[ranked[scored]])
         chosen = sorted(ranked[:scored])
         rest = [version for version in older if version not in chosen]
-        kept = [(version, stored[version]) for version in chosen + recent]
+        kept = [(version, stored[version], False) for version in chosen + recent]
         if retention in ("compressed", "hybrid") and rest:
-            kept.insert(0, (rest[-1], mean_notes([stored[version] for version in rest])))
+            kept.insert(0, (rest[-1], mean_notes([stored[version] for version in rest]), True))
         return kept
 
 

@@ -1,8 +1,9 @@
 """Replay of a decoding call: what it drew from its model is stored, and the call runs again without the trunk.
 
-The tape holds every output of the modules in `taped_modules`, in the order of their calls: logits, notes, coverage
-and agreement. A replay is the decoder itself on a placeholder of one silent layer whose modules answer from the tape;
-choice of tokens, windows, judgement, rollback, interventions and the trace run as they did.
+The tape holds every output of the modules in `taped_modules`, in the order of their calls: logits, notes, coverage,
+agreement and, where the bus keeps notes by it, attention. A replay is the decoder itself on a placeholder of one silent
+layer whose modules answer from the tape; choice of tokens, windows, judgement, rollback, interventions and the trace
+run as they did.
 
 Letters: M rows of a call, V vocabulary, N note width.
 """
@@ -32,18 +33,22 @@ from trainer_pdt.telemetry import read_json, write_json
 
 REPLAY_VERSION = "1.0"
 REPLAY_FILE, START_FILE, CHUNK_FILE = "replay.json", "start.safetensors", "tape-{:05d}.safetensors"
-TAPES = ("logits", "notes", "coverage", "agreement")
 # Fields of `Inputs` that are objects: each has a form of its own in the artefact.
 OBJECTS = ("processors", "criteria", "interventions", "entries", "config")
 MODEL_FIELDS = ("block_size", "bus_lag", "bus_capacity", "plan_on_bus", "commit_horizon", "plan_hash_salt")
 ADAPTER_FIELDS = ("num_streams", "notes_dim", "notes_per_block", "plan_vocab_size", "trained_parts")
 
 
-def taped_modules(model: PDTForParallelDecoding) -> dict[str, nn.Module]:
+def taped_modules(decoder: ParallelDecoder) -> dict[str, nn.Module]:
     """The modules whose outputs decide: everything else a decoding call computes follows from these."""
-    heads = model.stack.heads
-    modules = (model.get_output_embeddings(), heads.note_norm, heads.coverage, heads.agreement.score)
-    return dict(zip(TAPES, modules, strict=True))
+    heads = decoder.stack.heads
+    modules = {
+        "logits": decoder.model.get_output_embeddings(),
+        "notes": heads.note_norm,
+        "coverage": heads.coverage,
+        "agreement": heads.agreement.score,
+    }
+    return {**modules, "attention": decoder.readings.meter} if decoder.readings.received else modules
 
 
 class ReplayRecorder(ParallelDecodingCallback):
@@ -72,7 +77,7 @@ class ReplayRecorder(ParallelDecodingCallback):
         if any(self.folder.glob("*.safetensors")) or (self.folder / REPLAY_FILE).exists():
             raise ValueError(f"{self.folder} holds a replay artefact; give a folder of its own to every call.")
         self.decoder: ParallelDecoder | None = None
-        self.counts = dict.fromkeys(TAPES, 0)
+        self.counts: dict[str, int] = {}
         self.pending: dict[str, torch.Tensor] = {}
         self.calls = self.chunks = 0
         self.handles: list[Any] = []
@@ -104,7 +109,8 @@ class ReplayRecorder(ParallelDecodingCallback):
         settings = decoder.settings
         self.best_two = not (settings.do_sample or settings.sensitivity_probe or any(inputs.processors))
         self.decoder = decoder
-        for name, module in taped_modules(decoder.model).items():
+        for name, module in taped_modules(decoder).items():
+            self.counts[name] = 0
             self.handles.append(module.register_forward_hook(self._hook(name)))
 
     def on_token(self, decoder: ParallelDecoder, *chosen: torch.Tensor) -> None:
@@ -183,7 +189,7 @@ class TapeReader:
     """
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
-        self.record, self.next = record, dict.fromkeys(TAPES, 0)
+        self.record, self.next = record, dict.fromkeys(record["outputs"], 0)
         self.files = [safe_open(folder / CHUNK_FILE.format(i), framework="pt") for i in range(record["chunks"])]
         self.places = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
@@ -255,11 +261,11 @@ def placeholder(record: dict[str, Any]) -> PDTForParallelDecoding:
 
 
 @contextmanager
-def answering(model: PDTForParallelDecoding, tape: TapeReader) -> Iterator[None]:
-    """Inside, the taped modules of `model` give what the tape holds."""
+def answering(decoder: ParallelDecoder, tape: TapeReader) -> Iterator[None]:
+    """Inside, the taped modules of `decoder` give what the tape holds."""
     handles = [
         module.register_forward_hook(lambda module, inputs, output, name=name: tape.read(name, output.shape[0]))
-        for name, module in taped_modules(model).items()
+        for name, module in taped_modules(decoder).items()
     ]
     try:
         yield
@@ -308,8 +314,9 @@ def replay(folder: str | Path, callbacks: list[ParallelDecodingCallback] | None 
     inputs, settings = read_call(folder, record, model)
     recorder = [TokenRecorder()] if "tokens" in record["trace"] else []
     tape = TapeReader(folder, record)
-    with torch.no_grad(), answering(model, tape):
-        output = ParallelDecoder(model, inputs, settings, callbacks=[*recorder, *(callbacks or ())]).run()
+    decoder = ParallelDecoder(model, inputs, settings, callbacks=[*recorder, *(callbacks or ())])
+    with torch.no_grad(), answering(decoder, tape):
+        output = decoder.run()
     tape.check_end()
     output.trace.model = record["trace"]["model"]
     return output

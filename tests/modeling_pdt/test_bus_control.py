@@ -121,7 +121,7 @@ def test_merged_rounds_keep_the_mean_norm():
 def test_every_retention_shows_its_rounds():
     assert read(filled_bus(), 0, 6)[:3] == [(1, 3), (1, 4), (1, 5)]
     bus = filled_bus(retention="scored")
-    bus.novelty_BSV[0, 1, :3] = torch.tensor([0.1, 0.9, 0.5])
+    bus.score_BSV[0, 1, :3] = torch.tensor([0.1, 0.9, 0.5])
     assert read(bus, 0, 6)[:3] == [(1, 1), (1, 4), (1, 5)]
     assert read(bus, 0, 3)[:3] == [(1, 0), (1, 1), (1, 2)]
     notes, mask = filled_bus(retention="compressed").window(*torch.tensor([[0], [6], [1]]))

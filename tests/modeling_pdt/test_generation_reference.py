@@ -1,10 +1,13 @@
 """`generate` writes what the slow reference decoder writes, whatever the choices of the call are."""
 
+from dataclasses import replace
+
 import pytest
 
-from tests.decoding_cases import MID, TOP
+from tests.decoding_cases import MID, TOP, Case
 from tests.decoding_comparison import compare, differences, drawn_cases, drawn_references
 from tests.decoding_faults import FAULTS
+from tests.decoding_reference import Choices
 
 # Faults that the calls of `few` show.
 SOON = ("lag_off_by_one", "rollback_keeps_one_token_too_many", "note_of_the_wrong_producer")
@@ -37,6 +40,17 @@ def test_a_few_calls(models):
 @pytest.mark.parametrize("name", [*SOON, *SOON_TOP])
 def test_a_few_planted_faults(name):
     assert cases_until_noticed(name, few(FAULTS[name].models))
+
+
+def test_rounds_are_kept_by_the_attention_that_they_got():
+    """With rewritten blocks, whose reading must not count; two streams and two prompts."""
+    choices = Choices(max_new_tokens=8, block_size=1, bus_capacity=2, retention="scored", retention_score="attention")
+    choices = replace(choices, agreement_threshold=0.6)
+    prompts, headers = [[5, 6, 7], [8, 9, 10, 11]], [["4 5", ""], ["9", "11 12"]]
+    case = Case("llama", choices, prompts, [1, 0], headers)
+    reference = case.reference()
+    assert differences(case, reference) == [] and any(row.retries for row in reference.rows)
+    assert case.sections() != replace(case, choices=replace(choices, retention_score="novelty")).sections()
 
 
 @pytest.mark.slow

@@ -83,12 +83,16 @@ def decode(make_model, randomize, monkeypatch):
     monkeypatch.setattr(model.trunk, "generate", without_stop_strings)
 
     def call(**options):
-        options = {"tokenizer": Numbers(), "do_sample": True, "agreement_threshold": 0.999, "num_streams": 2, **options}
-        with ReadingRecorder() as readings:
-            seen = Attention()
-            return seen, model.generate(
-                IDS, eos_token_id=None, return_dict_in_generate=True, callbacks=[readings, seen], **options
-            )
+        options = {
+            "tokenizer": Numbers(),
+            "do_sample": True,
+            "agreement_threshold": 0.999,
+            "num_streams": 2,
+            **options,
+        }
+        seen = Attention()
+        call = {"eos_token_id": None, "return_dict_in_generate": True, "callbacks": [ReadingRecorder(), seen]}
+        return seen, model.generate(IDS, **call, **options)
 
     call.model = model
     return call

@@ -45,9 +45,8 @@ def test_what_cannot_be_done_is_said(loaded, change, message):
 def test_the_last_board_is_what_generate_returns(loaded, boards):
     prompt, options = make_call(dataclasses.replace(WISH, interventions=("random_gate:0.3",)), loaded.tokenizer)
     inputs = loaded.tokenizer([prompt], return_tensors="pt", add_special_tokens=False)
-    with ReadingRecorder() as readings:
-        call = {"tokenizer": loaded.tokenizer, "callbacks": [readings], "return_dict_in_generate": True}
-        output = loaded.model.generate(inputs["input_ids"], **call, **options)
+    call = {"tokenizer": loaded.tokenizer, "callbacks": [ReadingRecorder()], "return_dict_in_generate": True}
+    output = loaded.model.generate(inputs["input_ids"], **call, **options)
     board, trace = boards[-1], output.trace
     assert board.done and board.calls == trace.calls
     assert [column.title for column in board.columns] == ["Farming", "Places", "People"]

@@ -112,8 +112,7 @@ def write_parallel(
         encoded = tokenizer(
             [prompt for _, prompt in batch], return_tensors="pt", padding=True, add_special_tokens=False
         )
-        recorder = ReadingRecorder() if record_readings else nullcontext()
-        with recorder, model.disable_adapter() if trunk_only else nullcontext():
+        with model.disable_adapter() if trunk_only else nullcontext():
             output = model.generate(
                 encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
@@ -122,7 +121,7 @@ def write_parallel(
                 plan_texts=[plan_entries(document) for document, _ in batch],
                 stream_prefixes=[[render_header(stream.header) for stream in doc.streams] for doc, _ in batch],
                 interventions=list(interventions),
-                callbacks=[recorder] if record_readings else [],
+                callbacks=[ReadingRecorder()] if record_readings else [],
                 seed=seed,
                 max_new_tokens=max_new_tokens,
                 return_dict_in_generate=True,

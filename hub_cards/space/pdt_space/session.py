@@ -153,8 +153,8 @@ def decode(loaded: Loaded, wish: Wish, label: str) -> Iterator[Board]:
     recorder = BoardRecorder(text, label, wish.calls_per_second)
 
     def work() -> None:
-        with loaded.turn, ReadingRecorder() as readings:
-            callbacks = [readings, recorder]
+        with loaded.turn:
+            callbacks = [ReadingRecorder(), recorder]
             model.generate(inputs["input_ids"], tokenizer=tokenizer, callbacks=callbacks, **options)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
