@@ -58,7 +58,7 @@ class PDTGenerationConfig(GenerationConfig):
         agreement_threshold (`float`, *optional*): A block whose agreement is below is withdrawn. `None`: gate off.
         gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate; 0 silences it.
         gate_annealing (`dict`, *optional*): Fields of [`GateAnnealing`]. `None`: the gate scale stays.
-        flicker_guard (`dict`, *optional*): Fields of [`FlickerGuard`], for an annealed gate.
+        flicker_guard (`dict`, *optional*): Fields of [`FlickerGuard`], for an annealed gate or a plan.
         sensitivity_probe (`dict`, *optional*): Fields of [`SensitivityProbe`]. `None`: nothing is measured.
         logit_blend (`float`, *optional*, defaults to 1.0): Share of the conditioned logits; the rest are those of the
             bare trunk on the same tokens. Between 0 and 1 the upper half runs twice.

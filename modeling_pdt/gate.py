@@ -20,6 +20,11 @@ def coverage_of(
     return heads.coverage(text_MLD, mask_ML[:, None, :], items_MPN)[:, 0].sigmoid()
 
 
+def best_items(coverage_MP: torch.Tensor | None, present_MP: torch.Tensor | None) -> torch.Tensor | None:
+    """The plan item `[M]`, of those present, that each row covers best; the first of equals."""
+    return None if coverage_MP is None else coverage_MP.masked_fill(~present_MP, -1).argmax(dim=1)
+
+
 def own_coverage(
     rows_M: torch.Tensor, coverage_MP: torch.Tensor | None, entries: list[list[PlanEntry]], num_streams: int
 ) -> list[dict[int, float]]:

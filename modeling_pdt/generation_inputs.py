@@ -226,6 +226,8 @@ def prepare_inputs(
         parts.append(predict_plan(model, prompts, device))
         inputs.plan_source = "planner"
     inputs.num_items = parts[0][0].shape[1] if parts else 0
+    if settings.flicker_guard is not None and settings.flicker_guard.max_switches is not None and not inputs.num_items:
+        raise ValueError("flicker_guard.max_switches watches plan items: it needs a plan.")
     seeds = encode_seeds(model, tokenizer, seed_texts, seed_notes, len(prompts), num_streams, device)
     if seeds is not None:
         parts.append(seeds)

@@ -16,7 +16,7 @@ from .cache import RollbackCache, TwinCache
 from .cadence import Cadence
 from .callbacks import CallbackList, ParallelDecodingCallback
 from .decoding_kernels import grouped_eager_attention, head_logits
-from .gate import RetryPolicy, agreement_of, coverage_of, judge, own_coverage
+from .gate import RetryPolicy, agreement_of, best_items, coverage_of, judge, own_coverage
 from .gate_scale import GateScale
 from .generation_events import DecodingEvents
 from .generation_inputs import Inputs
@@ -76,19 +76,7 @@ class ParallelDecoder:
             self.stack.writer_tap,
         )
         self.needs_history = bool(inputs.criteria) or not history_free(inputs.processors)
-        self.bus = NotesBus(
-            len(inputs.prompts),
-            settings.num_streams,
-            model.config.notes_per_block,
-            model.config.notes_dim,
-            settings.bus_capacity,
-            *inputs.snapshot_zero(model.config.plan_on_bus),
-            device,
-            getattr(torch, settings.bus_dtype),
-            topology_matrix(settings.topology, settings.num_streams, settings.self_notes),
-            settings.retention,
-            settings.retention_score,
-        )
+        self.bus = self._new_bus(device)
         self.stalling = Stalling(self.streams, self.bus) if settings.commit_policy == "stall" else None
         self.head = partial(head_logits, model.get_output_embeddings())
         self.retries = RetryPolicy(settings.max_retries, settings.retry_policy, settings.retry_temperature)
@@ -112,6 +100,23 @@ class ParallelDecoder:
         callbacks = CallbackList([*(callbacks or ()), StreamerCallback(streamer)])
         self.events = DecodingEvents(self, callbacks)
         self.readings = Readings(self.bus, len(inputs.headers), callbacks.want_readings)
+
+    def _new_bus(self, device: torch.device) -> NotesBus:
+        """The bus that the call's choices describe, with its snapshot 0."""
+        settings, config, inputs = self.settings, self.model.config, self.inputs
+        return NotesBus(
+            len(inputs.prompts),
+            settings.num_streams,
+            config.notes_per_block,
+            config.notes_dim,
+            settings.bus_capacity,
+            *inputs.snapshot_zero(config.plan_on_bus),
+            device,
+            getattr(torch, settings.bus_dtype),
+            topology_matrix(settings.topology, settings.num_streams, settings.self_notes),
+            settings.retention,
+            settings.retention_score,
+        )
 
     def _new_trace(self) -> DecodingTrace:
         """A trace of the choices of the call and of the model."""
@@ -324,15 +329,15 @@ class ParallelDecoder:
         self.bus.publish(rows_M, round_M, notes)
         self.events.tell("on_note", rows_M, round_M, notes)
         coverage_MP = self._coverage(rows_M)
+        present_MP = None if coverage_MP is None else self._items(self.inputs.plan_mask_BP, rows_M)
         agreement_M, withdrawn_M = None, torch.zeros_like(rows_M, dtype=torch.bool)
         if "agreement" in self.model.config.trained_parts:
 
             def score() -> torch.Tensor:
                 lag = torch.zeros_like(round_M) if self.stalling is None else self.stalling.lag(rows_M)
                 window, window_mask = self._window(self._request(rows_M, round_M, lag))
-                items_mask = None if coverage_MP is None else self._items(self.inputs.plan_mask_BP, rows_M)
                 agreement = agreement_of(
-                    heads, states, previous, mask, window, window_mask, notes, coverage_MP, items_mask
+                    heads, states, previous, mask, window, window_mask, notes, coverage_MP, present_MP
                 )
                 return self.interventions.agreement(agreement, rows_M, round_M, streams.attempt_R[rows_M])
 
@@ -349,7 +354,7 @@ class ParallelDecoder:
                 )
         coverage = own_coverage(rows_M, coverage_MP, self.inputs.entries, self.settings.num_streams)
         self.cadence.judged(rows_M, agreement_M)
-        self.gate_scale.judged(rows_M, agreement_M, withdrawn_M)
+        self.gate_scale.judged(rows_M, agreement_M, withdrawn_M, best_items(coverage_MP, present_MP))
         records = zip(self.cadence.record(rows_M), self.gate_scale.record(rows_M), strict=True)
         details = [{**cadence, **gate} for cadence, gate in records]
         threshold = self.settings.agreement_threshold

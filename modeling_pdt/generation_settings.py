@@ -133,6 +133,9 @@ def resolve_policies(model: Any, config: PDTGenerationConfig, threshold: float |
         raise ValueError(
             f"gate_annealing.min_value must be in [0, gate_scale={config.gate_scale}], got {annealing.min_value}."
         )
-    if policies["flicker_guard"] is not None and annealing is None:
-        raise ValueError("flicker_guard watches an annealed gate: it needs gate_annealing.")
+    guard = policies["flicker_guard"]
+    if guard is not None and annealing is None and guard.max_switches is None:
+        raise ValueError(
+            "flicker_guard watches an annealed gate or plan items: it needs gate_annealing or max_switches."
+        )
     return policies

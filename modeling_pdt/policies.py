@@ -99,22 +99,28 @@ class GateAnnealing:
 @dataclass(frozen=True)
 class FlickerGuard:
     """
-    Watches a row's gate scale over its last blocks.
+    Watches a row over its last blocks: its gate scale, and the plan item that its text covers best.
 
     Args:
         window (`int`): Blocks that count; nothing is said before there are so many.
-        max_std (`float`): Standard deviation above which the gate flickers.
+        max_std (`float`): Standard deviation of the gate scale above which the row flickers.
+        max_switches (`int`, *optional*): Changes of the best covered item, from one block to the next, above which it
+            does; at most `window - 2`. `None`: items do not count.
         clamp (`float`, *optional*): The gate scale of a row that flickers, as long as it does. `None`: only told.
     """
 
     window: int = 8
     max_std: float = 0.2
+    max_switches: int | None = None
     clamp: float | None = None
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
         check_integer(owner, "window", self.window, 2)
         check_range(owner, "max_std", self.max_std, 0)
+        if self.max_switches is not None:
+            check_integer(owner, "max_switches", self.max_switches, 0)
+            check_range(owner, "max_switches", self.max_switches, 0, self.window - 2)
         if self.clamp is not None:
             check_range(owner, "clamp", self.clamp, 0, 10)
 

@@ -245,4 +245,11 @@ def cases(draw, longest=14, models=MID):
     )
     if choices.retention in ("scored", "hybrid"):
         choices.retention_score = draw(st.sampled_from(["novelty", "attention"]))
+    if case.items and choices.gate_scale > 0 and draw(st.booleans()):
+        choices.flicker_guard = {
+            "window": 2,
+            "max_std": 0.1,
+            "max_switches": 0,
+            "clamp": draw(st.sampled_from([0.0, 4.0])),
+        }
     return case

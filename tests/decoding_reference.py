@@ -76,6 +76,7 @@ class Row:
     last_agreement: float = 1.0
     cooldown: int = 0
     scales: list[float] = field(default_factory=list)
+    best: list[int] = field(default_factory=list)
     blocks: list[tuple[int, int]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -219,6 +220,7 @@ class ReferenceDecoder:
         for row in rows:
             gone, score = row.number in withdrawn, scores.get(row.number)
             row.last_agreement = row.last_agreement if score is None else score
+            row.best.append(self._best(coverage[row.number]))
             self._anneal(row, score, gone)
             kind = ("stall" if stalls else "rollback") if gone else "commit"
             start, end = row.block_start, len(row.tokens)
@@ -315,13 +317,24 @@ class ReferenceDecoder:
             row.scale = min(self.choices.gate_scale, row.scale + policy.recovery)
         row.scales.append(row.scale)
 
+    def _best(self, coverage):
+        """The item that is covered best, where watched and there are any."""
+        if not coverage or not self.guard or self.guard.max_switches is None:
+            return 0
+        two = sorted(coverage)[-2:]
+        self._close(two[-1] - two[0] if len(two) > 1 else math.inf)
+        return coverage.index(two[-1])
+
     def _scale(self, row):
         """What multiplies the gate: the row's scale, or the clamp while it flickers."""
-        if self.guard and self.guard.clamp is not None and len(row.scales) >= self.guard.window:
-            spread = torch.tensor(row.scales[-self.guard.window :]).std(correction=0)
-            self._close(abs(float(spread) - self.guard.max_std))
-            if spread > self.guard.max_std:
-                return self.guard.clamp
+        guard = self.guard
+        if guard and guard.clamp is not None and len(row.best) >= guard.window:
+            best, scales = row.best[-guard.window :], row.scales[-guard.window :]
+            spread = torch.tensor(scales).std(correction=0) if scales else 0.0
+            self._close(abs(float(spread) - guard.max_std))
+            switches = sum(one != other for one, other in zip(best[1:], best[:-1], strict=True))
+            if spread > guard.max_std or (guard.max_switches is not None and switches > guard.max_switches):
+                return guard.clamp
         return row.scale
 
     def _reading(self, row):

@@ -1,9 +1,9 @@
 """Replay of a decoding call: what it drew from its model is stored, and the call runs again without the trunk.
 
 The tape holds every output of the modules in `taped_modules`, in the order of their calls: logits, notes, coverage,
-agreement and, where the bus keeps notes by it, attention. A replay is the decoder itself on a placeholder of one silent
-layer whose modules answer from the tape; choice of tokens, windows, judgement, rollback, interventions and the trace
-run as they did.
+agreement and, where the bus keeps notes by it, attention. A replay is the decoder itself on a placeholder of one
+silent layer whose modules answer from the tape; choice of tokens, windows, judgement, rollback, interventions and the
+trace run as they did.
 
 Letters: M rows of a call, V vocabulary, N note width.
 """

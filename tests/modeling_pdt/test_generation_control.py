@@ -7,7 +7,7 @@ import torch
 
 from modeling_pdt import PDTGenerationConfig
 from modeling_pdt.cadence import Cadence, interval_tokens
-from modeling_pdt.gate import RetryPolicy
+from modeling_pdt.gate import RetryPolicy, best_items
 from modeling_pdt.gate_scale import GateScale
 from modeling_pdt.interventions import Ablate, Freeze, RandomGate, Shuffle, Stale, Tag
 from modeling_pdt.policies import CadencePolicy, FlickerGuard, GateAnnealing, SensitivityProbe
@@ -189,10 +189,25 @@ def test_a_gate_that_flickers_is_told_and_clamped():
     assert run(0.3) == [(False, 1.0), (False, 0.2), (True, 0.3), (True, 0.3), (False, 1.0)]
 
 
+def test_a_row_whose_best_item_keeps_changing_is_told_and_clamped():
+    gate = GateScale(1.0, 2, torch.device("cpu"), None, FlickerGuard(window=4, max_switches=1, clamp=0.3))
+    seen, row = [], torch.tensor([1])
+    for item in (2, 0, 2, 2, 2, 0):
+        gate.judged(row, None, torch.tensor([False]), torch.tensor([item]))
+        seen.append((*gate.record(row)[0].values(), round(float(gate.of(row)), 4)))
+    # Nothing is said before the fourth block.
+    told = [(False, 0), (False, 1), (False, 2), (True, 2), (False, 1), (False, 1)]
+    assert seen == [(flag, count, 0.3 if flag else 1.0) for flag, count in told]
+    assert gate.record(torch.tensor([0])) == [{"flickers": False, "switches": 0}]
+    assert best_items(torch.tensor([[0.9, 0.2, 0.5]]), torch.tensor([[False, True, True]])).tolist() == [2]
+
+
 def test_annealing_needs_a_gate_and_a_guard_needs_annealing(model):
     for choices, message in (
         ({"gate_annealing": {}}, "needs a trained head and agreement_threshold"),
-        ({"flicker_guard": {}}, "it needs gate_annealing"),
+        ({"flicker_guard": {}}, "it needs gate_annealing or max_switches"),
+        ({"flicker_guard": {"max_switches": 1}}, "it needs a plan"),
+        ({"flicker_guard": {"max_switches": 7}}, r"max_switches must be in \[0, 6\], got 7"),
         (
             {"gate_annealing": {"min_value": 2.0}, "agreement_threshold": 0.5},
             r"min_value must be in \[0, gate_scale=1.0\]",
