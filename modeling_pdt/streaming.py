@@ -32,6 +32,9 @@ class ParallelStreamer:
     def rollback(self, prompt: int, stream: int, token_ids: list[int]) -> None:
         """Called when a block of a stream is withdrawn; its tokens were never put."""
 
+    def stall(self, prompt: int, stream: int, token_ids: list[int]) -> None:
+        """Called when a block of a stream begins to wait, or goes on waiting; `put` follows with the same tokens."""
+
     def end(self) -> None:
         """Called once, after the last commit."""
 
@@ -109,6 +112,11 @@ class StreamerCallback(ParallelDecodingCallback):
     def on_rollback(self, decoder: Any, event: dict[str, Any]) -> None:
         """Passes the withdrawn tokens on."""
         self.streamer.rollback(event["prompt"], event["stream"], event["tokens"])
+
+    def on_stall(self, decoder: Any, event: dict[str, Any]) -> None:
+        """Tells a streamer that wants to know which block waits."""
+        if hasattr(self.streamer, "stall"):
+            self.streamer.stall(event["prompt"], event["stream"], event["tokens"])
 
     def on_end(self, decoder: Any) -> None:
         """Ends the streamer."""

@@ -171,6 +171,29 @@ def test_the_view_has_a_column_per_stream_and_strikes_what_is_withdrawn(tokenize
     assert "stream 0" in shown and "stream 1" in shown and "1 block rewritten" in shown
 
 
+def test_the_view_shows_blocks_that_wait(model, tokenizer):
+    prompt = tokenizer("Velmar.", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    waited = []
+
+    class Watched(LiveView):
+        def stall(self, prompt, stream, token_ids):
+            super().stall(prompt, stream, token_ids)
+            panel = self.render().columns[stream]._cells[0]
+            waited.append((stream, token_ids, panel.subtitle, [str(span.style) for span in panel.renderable.spans]))
+
+    call = {"max_new_tokens": 8, "commit_policy": "stall", "agreement_threshold": 0.9999, "max_retries": 2}
+    with Watched(tokenizer, 1, 3, console(terminal=True)) as view:
+        output = model.generate(prompt, streamer=view, return_dict_in_generate=True, **call)
+    stalls = output.trace.of_kind("stall")
+    assert [entry[:2] for entry in waited] == [(event["stream"], event["tokens"]) for event in stalls] != []
+    assert {(note, styles[-1]) for _, _, note, styles in waited} == {("[yellow]waiting[/yellow]", "yellow")}
+    assert not view.waiting and [view.tokens[0, s] for s in range(3)] == [row.token_ids for row in output.streams[0]]
+    lines = console()
+    model.generate(prompt, streamer=LiveView(tokenizer, 1, 3, lines), **call)
+    begun = [event for event in stalls if event["attempt"] == 0]
+    assert lines.file.getvalue().count(" waits: ") == len(begun)
+
+
 def test_the_view_shows_what_is_being_written(model, tokenizer):
     prompt = tokenizer("Velmar.", return_tensors="pt", add_special_tokens=False)["input_ids"]
     shown = []

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt.streaming import ParallelStreamer
 
-WITHDRAWN_STYLE, DRAFT_STYLE = "red strike", "dim"
+WITHDRAWN_STYLE, DRAFT_STYLE, WAITING_STYLE = "red strike", "dim", "yellow"
 
 
 class LiveView(ParallelStreamer):
     """
-    Streamer that shows every stream in a column of its own, blocks that nobody has judged yet dimmed; without a
-    terminal, one line per block.
+    Streamer that shows every stream in a column of its own, blocks that nobody has judged yet dimmed and those that
+    wait in yellow; without a terminal, one line per block.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Decodes the sections.
@@ -42,6 +42,7 @@ class LiveView(ParallelStreamer):
         self.texts: dict[tuple[int, int], Text] = {place: Text() for place in places}
         self.drafts: dict[tuple[int, int], list[int]] = {place: [] for place in places}
         self.withdrawn: dict[tuple[int, int], int] = dict.fromkeys(places, 0)
+        self.waiting: set[tuple[int, int]] = set()
         self.wants_drafts = self.console.is_terminal
         self.live: Live | None = None
 
@@ -74,6 +75,17 @@ class LiveView(ParallelStreamer):
         self.withdrawn[prompt, stream] += 1
         self._show(prompt, stream, self._decode(token_ids), WITHDRAWN_STYLE)
 
+    def stall(self, prompt: int, stream: int, token_ids: list[int]) -> None:
+        """Shows a block that waits for its siblings' notes."""
+        place = prompt, stream
+        begins = place not in self.waiting
+        self.waiting.add(place)
+        if self.live is not None:
+            self.drafts[place] = list(token_ids)
+            self.live.update(self.render())
+        elif begins:
+            self._print(prompt, stream, "waits", self._decode(token_ids))
+
     def render(self) -> Table:
         """The columns as they stand: one row of panels per prompt."""
         table = Table.grid(expand=True, padding=(0, 1))
@@ -85,21 +97,28 @@ class LiveView(ParallelStreamer):
 
     def _panel(self, prompt: int, stream: int) -> Panel:
         count = self.withdrawn[prompt, stream]
-        note = f"[red]{count} block{'s' if count > 1 else ''} rewritten[/red]" if count else None
+        waits = (prompt, stream) in self.waiting
+        notes = [f"[red]{count} block{'s' if count > 1 else ''} rewritten[/red]"] if count else []
+        notes += [f"[{WAITING_STYLE}]waiting[/{WAITING_STYLE}]"] if waits else []
         written, draft = self.tokens[prompt, stream], self.drafts[prompt, stream]
         text = self.texts[prompt, stream].copy()
-        text.append(self._decode(written + draft)[len(self._decode(written)) :], style=DRAFT_STYLE)
-        return Panel(text, title=f"stream {stream}", subtitle=note)
+        text.append(
+            self._decode(written + draft)[len(self._decode(written)) :], style=WAITING_STYLE if waits else DRAFT_STYLE
+        )
+        return Panel(text, title=f"stream {stream}", subtitle=", ".join(notes) or None)
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _show(self, prompt: int, stream: int, text: str, style: str) -> None:
         self.drafts[prompt, stream].clear()
+        self.waiting.discard((prompt, stream))
         self.texts[prompt, stream].append(text, style=style)
         if self.live is not None:
             self.live.update(self.render())
             return
+        self._print(prompt, stream, "rolled back" if style else "committed", text)
+
+    def _print(self, prompt: int, stream: int, action: str, text: str) -> None:
         where = f"stream {stream}" if self.num_prompts == 1 else f"prompt {prompt} stream {stream}"
-        action = "rolled back" if style else "committed"
         self.console.print(f"{where} {action}: {text!r}", markup=False, highlight=False, soft_wrap=True)
