@@ -4,6 +4,8 @@ Letters: B prompts, S streams, R = B * S rows, T tokens, W notes of a window, V 
 width.
 """
 
+from typing import Any
+
 import torch
 
 from .retention import merge_rounds, novelty, retained_places, select_older
@@ -263,6 +265,30 @@ class NotesBus:
             return notes, version
         merged, merged_version = merge_rounds(self.notes_BSVKN[prompt], rest)
         return torch.cat([merged, notes], dim=2), torch.cat([merged_version, version], dim=2)
+
+
+def open_bus(config: Any, settings: Any, inputs: Any, device: torch.device) -> NotesBus:
+    """
+    The bus of a decoding call, with its snapshot 0.
+
+    Args:
+        config (`PDTConfig`): Of the model.
+        settings (`Settings`), inputs (`Inputs`): Of the call.
+        device (`torch.device`): Of the stored notes.
+    """
+    return NotesBus(
+        len(inputs.prompts),
+        settings.num_streams,
+        config.notes_per_block,
+        config.notes_dim,
+        settings.bus_capacity,
+        *inputs.snapshot_zero(config.plan_on_bus),
+        device,
+        getattr(torch, settings.bus_dtype),
+        topology_matrix(settings.topology, settings.num_streams, settings.self_notes),
+        settings.retention,
+        settings.retention_score,
+    )
 
 
 def training_window(

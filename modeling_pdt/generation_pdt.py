@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .adapter_layer import restrict_to_streams
-from .bus import NotesBus, topology_matrix
+from .bus import open_bus
 from .cache import RollbackCache, TwinCache
 from .cadence import Cadence
 from .callbacks import CallbackList, ParallelDecodingCallback
@@ -76,7 +76,7 @@ class ParallelDecoder:
             self.stack.writer_tap,
         )
         self.needs_history = bool(inputs.criteria) or not history_free(inputs.processors)
-        self.bus = self._new_bus(device)
+        self.bus = open_bus(model.config, settings, inputs, device)
         self.stalling = Stalling(self.streams, self.bus) if settings.commit_policy == "stall" else None
         self.head = partial(head_logits, model.get_output_embeddings())
         self.retries = RetryPolicy(settings.max_retries, settings.retry_policy, settings.retry_temperature)
@@ -100,23 +100,6 @@ class ParallelDecoder:
         callbacks = CallbackList([*(callbacks or ()), StreamerCallback(streamer)])
         self.events = DecodingEvents(self, callbacks)
         self.readings = Readings(self.bus, len(inputs.headers), callbacks.want_readings)
-
-    def _new_bus(self, device: torch.device) -> NotesBus:
-        """The bus that the call's choices describe, with its snapshot 0."""
-        settings, config, inputs = self.settings, self.model.config, self.inputs
-        return NotesBus(
-            len(inputs.prompts),
-            settings.num_streams,
-            config.notes_per_block,
-            config.notes_dim,
-            settings.bus_capacity,
-            *inputs.snapshot_zero(config.plan_on_bus),
-            device,
-            getattr(torch, settings.bus_dtype),
-            topology_matrix(settings.topology, settings.num_streams, settings.self_notes),
-            settings.retention,
-            settings.retention_score,
-        )
 
     def _new_trace(self) -> DecodingTrace:
         """A trace of the choices of the call and of the model."""
