@@ -64,15 +64,13 @@ def write(model, **options):
 
 
 def test_decoding_reads_no_item_and_tells_coverage(model):
-    with ReadingRecorder() as recorder:
-        planned = write(model, plan_texts=PLAN, callbacks=[recorder])
+    planned = write(model, plan_texts=PLAN, callbacks=[ReadingRecorder()])
     assert torch.equal(planned.sequences, write(model).sequences)
     assert [sorted(row.coverage) for row in planned.streams[0]] == [[1], [0], []]
     assert {entry["plan"] for entry in planned.trace.readings} == {0.0}
     assert any(entry["notes"] for entry in planned.trace.readings)
     # Seeds are the caller's own, and stay readable.
-    with ReadingRecorder() as recorder:
-        seeded = write(model, plan_texts=PLAN, seed_texts=["xyz", "", ""], callbacks=[recorder])
+    seeded = write(model, plan_texts=PLAN, seed_texts=["xyz", "", ""], callbacks=[ReadingRecorder()])
     assert min(entry["plan"] for entry in seeded.trace.readings) > 0
     assert [sorted(row.coverage) for row in seeded.streams[0]] == [[1], [0], []]
 
