@@ -169,7 +169,8 @@ class PDTStack(nn.Module, BaseTunerLayer):
                 f"got {list(mask.shape)}."
             )
         runs = None if torch.is_grad_enabled() else equal_runs(notes)
-        projected = [snc.project(notes if runs is None else notes[runs[0]]) for snc in self.snc]
+        windows = notes if runs is None else notes.index_select(0, runs[0])
+        projected = [snc.project(windows) for snc in self.snc]
         keys, values = (tuple(part) for part in zip(*projected, strict=True))
         if runs is not None:
             keys, values = (tuple(site.index_select(0, runs[1]) for site in part) for part in (keys, values))

@@ -51,7 +51,7 @@ class DecodingEvents:
         streams: StreamBatch,
         rows_M: torch.Tensor,
         agreement_M: torch.Tensor | None,
-        withdrawn_M: torch.Tensor,
+        withdrawn: list[bool],
         coverage: list[dict[int, float]],
         threshold: float | None,
         details: list[dict[str, Any]],
@@ -65,8 +65,8 @@ class DecodingEvents:
         state = (streams.block_start_R, streams.fed_R, streams.round_R, streams.attempt_R)
         places = torch.stack([rows_M, *(values[rows_M] for values in state)], dim=1).tolist()
         written = streams.tokens_RL[rows_M].tolist()
-        decisions = zip(places, written, scores, withdrawn_M.tolist(), coverage, details, strict=True)
-        for (row, start, end, round_number, attempt), tokens, score, withdrawn, covered, more in decisions:
+        decisions = zip(places, written, scores, withdrawn, coverage, details, strict=True)
+        for (row, start, end, round_number, attempt), tokens, score, gone, covered, more in decisions:
             event = {
                 "prompt": row // self.num_streams,
                 "stream": row % self.num_streams,
@@ -81,7 +81,7 @@ class DecodingEvents:
                 "time_s": self.elapsed(),
                 **more,
             }
-            if withdrawn:
+            if gone:
                 kind = "stall" if self.decoder.settings.commit_policy == "stall" else "rollback"
                 self.tell(f"on_{kind}", self.trace.add(kind, **event))
             else:

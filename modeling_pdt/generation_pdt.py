@@ -341,10 +341,11 @@ class ParallelDecoder:
         records = zip(self.cadence.record(rows_M), self.gate_scale.record(rows_M), strict=True)
         details = [{**cadence, **gate} for cadence, gate in records]
         threshold = self.settings.agreement_threshold
-        self.events.judged(streams, rows_M, agreement_M, withdrawn_M, coverage, threshold, details)
-        standing = [values for values, gone in zip(coverage, withdrawn_M.tolist(), strict=True) if not gone]
-        self._commit(rows_M[~withdrawn_M], standing)
-        return rows_M[withdrawn_M]
+        withdrawn = withdrawn_M.tolist()
+        self.events.judged(streams, rows_M, agreement_M, withdrawn, coverage, threshold, details)
+        standing = [index for index, gone in enumerate(withdrawn) if not gone]
+        self._commit(rows_M[standing], [coverage[index] for index in standing])
+        return rows_M[[index for index, gone in enumerate(withdrawn) if gone]]
 
     def _coverage(self, rows_M: torch.Tensor) -> torch.Tensor | None:
         if not self.inputs.num_items:
@@ -360,11 +361,11 @@ class ParallelDecoder:
         streams = self.streams
         if rows_M.numel() == 0:
             return
-        streams.commit(rows_M)
+        sections = streams.commit(rows_M)
         self.readings.commit(rows_M)
         streams.finish(rows_M[streams.ending(self.eos_ids)[rows_M]], self.eos_ids)
-        for row, covered in zip(rows_M.tolist(), coverage, strict=True):
-            streams.sections[row].coverage = covered
+        for section, covered in zip(sections, coverage, strict=True):
+            section.coverage = covered
         self.events.committed()
 
     def _choose(self, rows_M: torch.Tensor, logits_MV: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """NoteStates: the visible window as the instrumented layers use it, a forward argument of the upper trunk."""
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -63,11 +64,15 @@ def equal_runs(windows_GWN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] |
         windows_GWN (`torch.Tensor` of shape `[G, W, N]`): Notes of every window, hidden ones included.
 
     Returns:
-        `(starts, run)`: which windows differ from the one before them, `torch.BoolTensor` of shape `[G]`, and the run
-        that each belongs to, `torch.LongTensor` of shape `[G]`; `None` where no two are known to be equal.
+        `(first, run)`: the windows that differ from the one before them, and, for each of the G windows, which of
+        these it equals; `torch.LongTensor`s of shapes `[runs]` and `[G]`. `None` where no two are known to be equal.
     """
     if windows_GWN.is_meta:
         return None
-    starts = torch.ones(len(windows_GWN), dtype=torch.bool, device=windows_GWN.device)
-    starts[1:] = (windows_GWN[1:] != windows_GWN[:-1]).flatten(1).any(dim=1)
-    return None if bool(starts.all()) else (starts, starts.cumsum(0) - 1)
+    # One transfer for both: how many runs there are is known to the host only so.
+    differs = (windows_GWN[1:] != windows_GWN[:-1]).flatten(1).any(dim=1).tolist()
+    if all(differs):
+        return None
+    first = [0, *(index for index, flag in enumerate(differs, start=1) if flag)]
+    run = list(accumulate(differs, initial=0))
+    return tuple(torch.tensor(part, device=windows_GWN.device) for part in (first, run))

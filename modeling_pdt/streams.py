@@ -189,19 +189,18 @@ class StreamBatch:
         self.tokens_RL[rows_M, self.fed_R[rows_M]] = tokens_M
         self.next_R[rows_M] = tokens_M
 
-    def commit(self, rows_M: torch.Tensor) -> None:
-        """Moves the commit frontier behind the block just completed."""
-        for row, start, end in zip(
-            rows_M.tolist(), self.block_start_R[rows_M].tolist(), self.fed_R[rows_M].tolist(), strict=True
-        ):
-            section = self.sections[row]
-            section.tokens.extend(self.tokens_RL[row, start:end].tolist())
-            section.blocks.append((start, end))
+    def commit(self, rows_M: torch.Tensor) -> list[Section]:
+        """Moves the commit frontier behind the block just completed; returns the rows' sections."""
+        places = torch.stack([rows_M, self.block_start_R[rows_M], self.fed_R[rows_M]], dim=1).tolist()
+        for (row, start, end), tokens in zip(places, self.tokens_RL[rows_M].tolist(), strict=True):
+            self.sections[row].tokens.extend(tokens[start:end])
+            self.sections[row].blocks.append((start, end))
         self.block_start_R[rows_M] = self.fed_R[rows_M]
         self.round_R[rows_M] += 1
         self.attempt_R[rows_M] = 0
         self.waiting_R[rows_M] = False
         self.any_waiting = self.any_waiting and bool(self.waiting_R.any())
+        return [self.sections[row] for row, _, _ in places]
 
     def withdraw(self, rows_M: torch.Tensor) -> None:
         """Takes the rows back to the token before their block: tokens, cache, mask and positions in one event."""
@@ -231,6 +230,8 @@ class StreamBatch:
 
     def finish(self, rows_M: torch.Tensor, eos_ids: torch.Tensor) -> None:
         """Ends rows; one whose last token is EOS is finished."""
+        if rows_M.numel() == 0:
+            return
         self.live_R = self.live_R.clone()
         self.live_R[rows_M] = False
         eos = set(eos_ids.tolist())

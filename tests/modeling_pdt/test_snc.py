@@ -178,8 +178,8 @@ def test_equal_windows_next_to_each_other_are_projected_once(model, places, proj
 
 def test_windows_that_are_not_known_make_no_runs():
     assert equal_runs(torch.zeros(2, WINDOW, NOTES_DIM, device="meta")) is None
-    starts, run = equal_runs(torch.zeros(2, 0, NOTES_DIM))
-    assert starts.tolist() == [True, False] and run.tolist() == [0, 0]
+    first, run = equal_runs(torch.zeros(2, 0, NOTES_DIM))
+    assert first.tolist() == [0] and run.tolist() == [0, 0]
 
 
 def make_adapter(activation: str = "gelu", dropout: float = 0.0) -> StreamAdapter:
