@@ -12,7 +12,8 @@ from .chat_client import ChatClient, ChatOptions, ChatRequest
 Answer = TypeVar("Answer")
 
 RANGES: dict[str, tuple[float, float]] = {
-    **{"max_concurrency": (1, 10_000), "attempts": (1, 100), "timeout_s": (0.001, 86_400), "backoff_s": (0, 60)},
+    # The session of huggingface_hub opens 100 connections.
+    **{"max_concurrency": (1, 100), "attempts": (1, 100), "timeout_s": (0.001, 86_400), "backoff_s": (0, 60)},
     "max_answer_tokens": (1, 10_000_000),
 }
 """Allowed values of [`ChatOptions`]."""

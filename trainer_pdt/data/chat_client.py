@@ -92,7 +92,8 @@ class ChatOptions:
         provider (`str`, *optional*): Provider of the Hub; missing = its choice.
         api_key_variable (`str`, *optional*): Environment variable that holds the key. Missing: the token that the Hub
             has stored, for its own providers only; servers at a `base_url` get no secret.
-        max_concurrency (`int`): Most requests in flight.
+        max_concurrency (`int`): Most requests in flight, at most 100: as many connections the session of
+            `huggingface_hub` opens.
         timeout_s (`float`): Longest wait for an answer.
         attempts (`int`): Most requests per answer.
         backoff_s (`float`): Wait before the second attempt, doubled for each further one.

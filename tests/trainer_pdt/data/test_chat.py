@@ -342,6 +342,8 @@ def test_store_sums_hold_whatever_happens(tmp_path):
     [
         ({"max_streams": 9}, "max_streams is 9, must be 2 to 8"),
         ({"attempts": 0}, "attempts is 0, must be 1"),
+        # The session of huggingface_hub opens no more connections: others waited for one until they timed out.
+        ({"max_concurrency": 101}, "max_concurrency is 101, must be 1 to 100"),
         ({"budget_usd": 1.0, "prices": {}}, r"prices lacks \['noter', 'planner'\]"),
         ({"max_answer_tokens": 10}, "max_answer_tokens is 10, must be 3000"),
     ],
