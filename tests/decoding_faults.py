@@ -13,6 +13,7 @@ from modeling_pdt.gate import RetryPolicy
 from modeling_pdt.gate_scale import GateScale
 from modeling_pdt.generation_pdt import ParallelDecoder
 from modeling_pdt.note_states import NoteStates
+from modeling_pdt.readings import Readings, ReceivedAttention
 from modeling_pdt.snc import SharedNotesCrossAttention
 from modeling_pdt.stalling import Stalling
 from modeling_pdt.streams import StreamBatch
@@ -95,6 +96,16 @@ def plan_of_the_next_prompt(init):
 @fault(bus, "select_older")
 def retention_keeps_the_lowest_score(select_older):
     return lambda old, score, places: select_older(old, -score, places)
+
+
+@fault(Readings, "forget")
+def withdrawn_blocks_give_attention(forget):
+    return lambda self, rows: None
+
+
+@fault(ReceivedAttention, "MOMENTUM")
+def newest_readers_alone_give_attention(momentum):
+    return 0.0
 
 
 @fault(bus, "merge_rounds")
@@ -304,3 +315,8 @@ def gate_recovers_without_cooldown(judged):
 @fault(GateScale, "of")
 def flickering_gate_is_not_clamped(of):
     return lambda self, rows: self.gate_scale if self.annealing is None else self.scale_R[rows]
+
+
+@fault(GateScale, "_watch")
+def changes_of_the_best_item_do_not_flicker(watch):
+    return lambda self, rows, items: watch(self, rows, torch.zeros_like(rows))
