@@ -7,7 +7,7 @@ import torch
 from .callbacks import ParallelDecodingCallback
 from .generation_inputs import merge_generation_config, prepare_inputs
 from .generation_pdt import ParallelDecoder
-from .outputs import ParallelGenerateOutput
+from .outputs import Merge, ParallelGenerateOutput
 
 
 def parallel_generate(
@@ -26,6 +26,7 @@ def parallel_generate(
     stopping_criteria: list | None = None,
     interventions: list | None = None,
     callbacks: list[ParallelDecodingCallback] | None = None,
+    merge: Merge | None = None,
     seed: int = 0,
     return_dict_in_generate: bool | None = None,
     **kwargs: Any,
@@ -49,6 +50,8 @@ def parallel_generate(
             fires ends the row after the token just chosen.
         interventions (`list[Intervention]`, *optional*): Controlled changes to what the streams read.
         callbacks (`list[ParallelDecodingCallback]`, *optional*): Told of every event as it happens.
+        merge (`Callable`, *optional*): `merge(parts, results)` gives the tokens of a prompt's merged answer, from the
+            tokens of each stream's header and section in plan order, without EOS, and from their [`StreamResult`]s.
         seed (`int`, *optional*, defaults to 0): Sampling is a function of it and of what is written.
         return_dict_in_generate (`bool`, *optional*): Return the full output in place of `sequences`.
         kwargs: Fields of [`PDTGenerationConfig`]; `max_new_tokens` counts section tokens per stream.
@@ -63,6 +66,8 @@ def parallel_generate(
         raise ValueError(
             f"adapters must be float32, got {dtype}: load the model anew, dtype of from_pretrained is the trunk's."
         )
+    if merge is not None and not callable(merge):
+        raise ValueError(f"merge must be a function of parts and results, got {merge!r}.")
     config = merge_generation_config(model, generation_config, kwargs)
     inputs, settings = prepare_inputs(
         model,
@@ -80,6 +85,7 @@ def parallel_generate(
         seed,
         plan_contract,
     )
+    inputs.merge = merge
     output = ParallelDecoder(model, inputs, settings, streamer, callbacks).run()
     wants_dict = config.return_dict_in_generate if return_dict_in_generate is None else return_dict_in_generate
     return output if wants_dict else output.sequences

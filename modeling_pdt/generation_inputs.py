@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from .configuration_generation import PDTGenerationConfig
 from .generation_settings import Settings, resolve_settings
 from .interventions import Intervention, check_interventions
+from .outputs import Merge
 from .plan import PlanEntry, check_plan_entries, read_contract
 from .sampling import row_processors
 from .snapshot_zero import encode_plan, encode_seeds, per_prompt, predict_plan, tokenize, write_outlines
@@ -52,6 +53,7 @@ class Inputs:
         interventions (`tuple[Intervention]`): In the order given.
         plan_source (`str`, *optional*): Where the plan came from.
         separator (`list[int]`): Tokens between the sections of a merged answer; none without a tokenizer.
+        merge (`Callable`, *optional*): The caller's way to merge an answer.
     """
 
     prompts: list[list[int]]
@@ -67,6 +69,7 @@ class Inputs:
     interventions: tuple[Intervention, ...] = ()
     plan_source: str | None = None
     separator: list[int] = field(default_factory=list)
+    merge: Merge | None = None
 
     def snapshot_zero(self, plan_on_bus: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What stands on the bus before the first token, and its mask; without `plan_on_bus` the seeds alone."""

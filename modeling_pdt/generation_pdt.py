@@ -129,7 +129,7 @@ class ParallelDecoder:
         timings["total_s"] = self.events.elapsed()
         self.events.tell("on_end")
         return collect_output(
-            streams=self.streams, settings=self.settings, trace=self.trace, separator=self.inputs.separator
+            self.streams, self.settings, self.trace, separator=self.inputs.separator, merge=self.inputs.merge
         )
 
     def _start(self) -> torch.Tensor:

@@ -3,7 +3,9 @@
 Letters: R rows, T tokens, V rounds, K notes per block, N note width, P plan items, S streams.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,8 +85,8 @@ class ParallelGenerateOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `[prompts * streams, T]`): Prompt, header and section of every row,
             left-padded, padded after EOS; rows of one prompt are adjacent.
         streams (`list[list[StreamResult]]`): Per prompt, per stream.
-        merged (`list[torch.LongTensor]`): Per prompt, headers and sections in plan order, without EOS,
-            with an empty line between them where a tokenizer was given.
+        merged (`list[torch.LongTensor]`): Per prompt, what `merge` makes of headers and sections; by default all of
+            them in plan order, without EOS, with an empty line between them where a tokenizer was given.
         trace (`DecodingTrace`): What happened.
     """
 
@@ -94,7 +96,17 @@ class ParallelGenerateOutput(ModelOutput):
     trace: DecodingTrace | None = None
 
 
-def collect_output(streams: Any, settings: Any, trace: DecodingTrace, separator: list[int]) -> ParallelGenerateOutput:
+Merge = Callable[[list[list[int]], list[StreamResult]], list[int]]
+
+
+def join_parts(parts: list[list[int]], results: list[StreamResult], separator: list[int]) -> list[int]:
+    """The parts of an answer in plan order, with a separator between them."""
+    return [token for index, part in enumerate(parts) for token in (separator if index else []) + part]
+
+
+def collect_output(
+    streams: Any, settings: Any, trace: DecodingTrace, separator: list[int], merge: Merge | None = None
+) -> ParallelGenerateOutput:
     """
     The result of a finished call.
 
@@ -103,9 +115,11 @@ def collect_output(streams: Any, settings: Any, trace: DecodingTrace, separator:
         settings (`Settings`): Choices of the call.
         trace (`DecodingTrace`): What happened.
         separator (`list[int]`): Tokens between the sections of a merged answer.
+        merge (`Callable`, *optional*): See [`~generate.parallel_generate`].
     """
+    merge = merge or partial(join_parts, separator=separator)
     results: list[list[StreamResult]] = [[] for _ in streams.prompts]
-    merged: list[list[int]] = [[] for _ in streams.prompts]
+    parts: list[list[list[int]]] = [[] for _ in streams.prompts]
     rows = []
     for row, section in enumerate(streams.sections):
         prompt, stream = divmod(row, settings.num_streams)
@@ -120,8 +134,7 @@ def collect_output(streams: Any, settings: Any, trace: DecodingTrace, separator:
                 finished=section.finished,
             )
         )
-        merged[prompt] += separator if merged[prompt] else []
-        merged[prompt] += section.header + [token for token in section.tokens if token not in settings.eos_ids]
+        parts[prompt].append(section.header + [token for token in section.tokens if token not in settings.eos_ids])
         rows.append((streams.prompts[prompt] + section.header, section.tokens))
     left = max(len(start) for start, _ in rows)
     right = max(len(section) for _, section in rows)
@@ -132,6 +145,6 @@ def collect_output(streams: Any, settings: Any, trace: DecodingTrace, separator:
     return ParallelGenerateOutput(
         sequences=sequences.to(streams.device),
         streams=results,
-        merged=[torch.tensor(tokens, dtype=torch.long) for tokens in merged],
+        merged=[torch.tensor(merge(*one), dtype=torch.long) for one in zip(parts, results, strict=True)],
         trace=trace,
     )

@@ -34,7 +34,7 @@ from trainer_pdt.telemetry import read_json, write_json
 REPLAY_VERSION = "1.0"
 REPLAY_FILE, START_FILE, CHUNK_FILE = "replay.json", "start.safetensors", "tape-{:05d}.safetensors"
 # Fields of `Inputs` that are objects: each has a form of its own in the artefact.
-OBJECTS = ("processors", "criteria", "interventions", "entries", "config")
+OBJECTS = ("processors", "criteria", "interventions", "entries", "config", "merge")
 MODEL_FIELDS = ("block_size", "bus_lag", "bus_capacity", "plan_on_bus", "commit_horizon", "plan_hash_salt")
 ADAPTER_FIELDS = ("num_streams", "notes_dim", "notes_per_block", "plan_vocab_size", "trained_parts")
 
@@ -104,8 +104,8 @@ class ReplayRecorder(ParallelDecodingCallback):
         self.record["entries"] = [[dataclasses.asdict(entry) for entry in entries] for entries in inputs.entries]
         self.record["interventions"] = [_intervention_record(one) for one in inputs.interventions]
         self.tensors = {name: value for name, value in vars(inputs).items() if torch.is_tensor(value)}
-        if inputs.criteria or inputs.custom_processors:
-            raise ValueError("a replay cannot store logits_processor, stopping_criteria or stop_strings.")
+        if inputs.criteria or inputs.custom_processors or inputs.merge:
+            raise ValueError("a replay cannot store logits_processor, stopping_criteria, stop_strings or merge.")
         settings = decoder.settings
         self.best_two = not (settings.do_sample or settings.sensitivity_probe or any(inputs.processors))
         self.decoder = decoder

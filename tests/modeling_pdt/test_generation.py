@@ -158,6 +158,22 @@ def test_one_lower_and_one_upper_call_per_token(model, monkeypatch):
     assert output.trace.calls == 3 * (4 + 4)
 
 
+def test_the_caller_may_merge_an_answer(model):
+    seen = []
+
+    def last_first(parts, results):
+        seen.append([result.name for result in results])
+        return [token for part in reversed(parts) for token in part]
+
+    output, plain = decode(model, max_new_tokens=3, merge=last_first), decode(model, max_new_tokens=3)
+    assert seen == [["stream_0", "stream_1", "stream_2"]] * 2
+    for merged, expected in zip(output.merged, plain.merged, strict=True):
+        assert merged.tolist() == [*expected[6:], *expected[3:6], *expected[:3]]
+    assert torch.equal(output.sequences, plain.sequences)
+    with pytest.raises(ValueError, match="merge must be a function of parts and results, got 'reverse'"):
+        decode(model, merge="reverse")
+
+
 class Recorder(ParallelStreamer):
     def __init__(self):
         self.puts, self.withdrawn, self.ended = [], [], 0

@@ -128,6 +128,8 @@ class Custom(Intervention):
 def test_what_cannot_be_stored_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="a replay cannot store logits_processor"):
         record(model, tmp_path, logits_processor=[lambda ids, scores: scores])
+    with pytest.raises(ValueError, match="stop_strings or merge"):
+        record(model, tmp_path, merge=lambda parts, results: parts[0])
     with pytest.raises(ValueError, match="a replay stores interventions of"):
         record(model, tmp_path, interventions=[Custom()])
     assert not list(tmp_path.iterdir())
