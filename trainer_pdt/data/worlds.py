@@ -170,6 +170,13 @@ def chance_by_cue(heldout_values: bool | None = False) -> dict[str, float]:
     return {cue: 1.0 / len(values_of(cue, heldout_values)) for cue in CUES}
 
 
+def is_heldout(cue: str, value: str) -> bool | None:
+    """Whether adapter training never states this value of a cue; `None` for what is no value of the cue."""
+    if value not in values_of(cue):
+        return None
+    return value not in values_of(cue, heldout=False)
+
+
 def _rng(key: str) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 

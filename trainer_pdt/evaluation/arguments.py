@@ -22,7 +22,7 @@ ANSWER_SECTIONS = ("consistency", "similarity", "dependency", "note_usage", "jud
 SUITES = {"standard": STANDARD_SECTIONS, "full": (*STANDARD_SECTIONS, *ANSWER_SECTIONS)}
 """Sections by the name of a suite."""
 
-FURTHER_SECTIONS = ("heldout_values", "note_text", "two_hop", "curves", "rollback_controls")
+FURTHER_SECTIONS = ("note_text", "two_hop", "curves", "rollback_controls")
 """Measurements that need documents of their own; `section_documents` says how many."""
 
 CURVE_FACTORS = ("bus_lag", "num_streams", "block_size", "bus_capacity", "agreement_threshold")

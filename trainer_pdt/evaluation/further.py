@@ -1,4 +1,4 @@
-"""Sections of an evaluation on documents of their own: values never trained on, notes as text, two hops, curves."""
+"""Sections of an evaluation on documents of their own: notes as text, two hops, curves."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -18,17 +18,6 @@ if TYPE_CHECKING:
     from .suite import Evaluation
 
 logger = logging.getLogger(__name__)
-
-
-def heldout_values(evaluation: "Evaluation") -> dict[str, Any]:
-    """Section `heldout_values`: recall of values that no adapter was trained on, with its upper bound and chance."""
-    documents = held_out_documents("test", _count(evaluation, "heldout_values"), 0, heldout_values=True)
-    logger.info("writing %d documents with values never trained on", len(documents))
-    counts = {name: _counts(evaluation, documents, write) for name, write in _bounds(evaluation).items()}
-    return {
-        **{name: rate_dict(reference_rate(found)) for name, found in counts.items()},
-        "chance": _chance(counts["pdt"], documents),
-    }
 
 
 def note_text(evaluation: "Evaluation") -> dict[str, Any]:

@@ -19,11 +19,10 @@ from .values import measure, part
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 PALETTE, DASHES = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY), ("-", "--", ":")
 INK, GREY, PALE = "#222222", "#767676", "#DDDDDD"
+KINDS = ("", "_core", "_hard", "_trained_values", "_heldout_values")
 MODE_COLORS = {
-    **dict.fromkeys(("pdt", "pdt_core", "pdt_hard"), BLUE),
-    **dict.fromkeys(
-        (f"{mode}{kind}" for mode in ("sequential", "full_text") for kind in ("", "_core", "_hard")), GREEN
-    ),
+    **dict.fromkeys((f"pdt{kind}" for kind in KINDS), BLUE),
+    **dict.fromkeys((f"{mode}{kind}" for mode in ("sequential", "full_text") for kind in KINDS), GREEN),
     **dict.fromkeys(("swapped_follow", "swapped_own"), PURPLE),
 }
 """Colours by group of modes: notes on, references with text, swapped notes; all others are controls without notes."""

@@ -39,7 +39,7 @@ COMPARED: tuple[tuple[str, str], ...] = (
     ("sequential, hard", "sibling_fact_recall/sequential_hard"),
     ("independent streams", "sibling_fact_recall/independent"),
     ("follows swapped notes", "sibling_fact_recall/swapped_follow"),
-    ("values never trained on", "heldout_values/pdt"),
+    ("values never trained on", "sibling_fact_recall/pdt_heldout_values"),
     ("lag 2", "curves/bus_lag/2/pdt"),
     ("decoded with 2 streams", "curves/num_streams/2/pdt"),
     ("decoded with 4 streams", "curves/num_streams/4/pdt"),

@@ -14,6 +14,7 @@ from ..data.counting import (
     reference_rate,
 )
 from ..data.schema import Document
+from ..data.worlds import is_heldout
 from ..data.worlds_parser import parse_section
 
 TIMINGS = ("feasible", "pending", "same", "late", "evicted")
@@ -45,6 +46,18 @@ def reference_classes(counts: Sequence[DocumentCounts]) -> dict[str, dict[str, A
 def select_kind(documents: Sequence[Document], counts: Sequence[DocumentCounts], tag: str) -> list[DocumentCounts]:
     """Counts of the documents with a split tag."""
     return [count for document, count in zip(documents, counts, strict=True) if tag in document.split_tags]
+
+
+def by_value(counts: Sequence[DocumentCounts]) -> dict[str, dict[str, Any]]:
+    """Recall of visible facts with `trained_values`, and with `heldout_values` that adapter training never states."""
+
+    def states(heldout: bool) -> Callable[[Reference], bool]:
+        return lambda reference: is_heldout(reference.cue, reference.source_value or "") is heldout
+
+    return {
+        name: rate_dict(reference_rate(counts, where=states(heldout)))
+        for name, heldout in (("trained_values", False), ("heldout_values", True))
+    }
 
 
 def swapped_rates(

@@ -33,7 +33,6 @@ SECTIONS: dict[str, Callable[[Evaluation], dict[str, Any]]] = {
     "dependency": given_text.dependency,
     "note_usage": note_usage,
     "judge": answers.judge,
-    "heldout_values": further.heldout_values,
     "note_text": further.note_text,
     "two_hop": further.two_hop,
     "curves": further.curves,

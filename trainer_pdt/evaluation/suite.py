@@ -36,6 +36,7 @@ from .modes import (
     write_swapped,
 )
 from .scoring import (
+    by_value,
     count_written,
     coverage_decisions,
     plan_adherence,
@@ -203,6 +204,7 @@ class Evaluation:
                 recall[f"{mode}_{kind}"] = rate_dict(
                     reference_rate(select_kind(self.documents, self.counts[mode], kind))
                 )
+            recall |= {f"{mode}_{kind}": rate for kind, rate in by_value(self.counts[mode]).items()}
         recall |= self._swapped(pairs)
         chance = matching_chance(held_out_documents("train", CHANCE_DOCUMENTS, CHANCE_DOCUMENTS))
         feasible = [r.cue for count in self.counts["pdt"] for r in count.select("feasible")]

@@ -11,6 +11,8 @@ MODES: dict[str, str] = {
     "pdt": "PDT, notes on",
     "pdt_core": "PDT, notes on, core documents",
     "pdt_hard": "PDT, notes on, hard documents",
+    "pdt_trained_values": "PDT, notes on, values that training states",
+    "pdt_heldout_values": "PDT, notes on, values never trained on",
     "independent": "independent streams (trunk only)",
     "ablated": "bus off",
     "zero_notes": "notes zeroed",
@@ -22,9 +24,13 @@ MODES: dict[str, str] = {
     "sequential": "sequential, same trunk",
     "sequential_core": "sequential, core documents",
     "sequential_hard": "sequential, hard documents",
+    "sequential_trained_values": "sequential, values that training states",
+    "sequential_heldout_values": "sequential, values never trained on",
     "full_text": "streams read each other's text",
     "full_text_core": "streams read each other's text, core documents",
     "full_text_hard": "streams read each other's text, hard documents",
+    "full_text_trained_values": "streams read each other's text, values that training states",
+    "full_text_heldout_values": "streams read each other's text, values never trained on",
 }
 """Decoding modes in the order in which they are shown, with their names for a reader."""
 

@@ -10,6 +10,7 @@ from trainer_pdt.data.worlds import generate_documents
 from trainer_pdt.evaluation.scoring import (
     TIMINGS,
     best_f1_threshold,
+    by_value,
     count_written,
     coverage_decisions,
     plan_adherence,
@@ -85,6 +86,20 @@ def test_select_kind_keeps_documents_with_the_tag():
     assert select_kind(documents, counts, "none") == []
     with pytest.raises(ValueError, match="shorter"):
         select_kind(documents, counts[:2], "core")
+
+
+def test_by_value_tells_values_of_training_from_others():
+    """Iron is trained and repeated; lithium never occurs in training and becomes tin; a word is no metal at all."""
+    stated, repeated = ("iron", "lithium", "granite"), ("iron", "tin", "granite")
+    texts = [
+        [blocks(says(METAL, own), " "), blocks(" ", says(METAL, other))]
+        for own, other in zip(stated, repeated, strict=True)
+    ]
+    rates = by_value(count_written([make_document()] * 3, texts, 1, 16))
+    assert {name: (rate["mean"], rate["n"]) for name, rate in rates.items()} == {
+        "trained_values": (1.0, 1),
+        "heldout_values": (0.0, 1),
+    }
 
 
 def test_swapped_rates_tell_whom_a_stream_follows():

@@ -163,11 +163,8 @@ def test_two_hop_documents_have_a_repeated_linked_fact():
 
 
 def test_further_sections_compare_with_what_could_be_reached():
-    names = FURTHER_SECTIONS[:3]
+    names = FURTHER_SECTIONS[:2]
     evaluation = make_evaluation(sections=list(names), section_documents=dict.fromkeys(names, 12))
-    values = further.heldout_values(evaluation)
-    assert set(values) == {"pdt", "ablated", "sequential", "chance"}
-    assert values["pdt"]["mean"] == 1.0 and values["pdt"]["n"] > 0
     text = further.note_text(evaluation)
     assert set(text) == {"pdt", "sequential", "full_text", "note_text"}
     slots = [options.get("slots") for name, _, options in evaluation.writers.calls if name == "write_full_text"]
