@@ -8,7 +8,7 @@ from .schema import Document, Notes, Stream
 
 
 def other_orders(document: Document, count: int, seed: int) -> Iterator[Document]:
-    """Up to `count` copies with their sections in different orders, none of them the document's."""
+    """Up to `count` copies with their sections in other orders; ids end in `+order1`, which no source's id does."""
     numbers = list(range(len(document.streams)))
     rng = random.Random(f"{seed}/{document.document_id}/orders")
     seen = {tuple(numbers)}
@@ -17,7 +17,7 @@ def other_orders(document: Document, count: int, seed: int) -> Iterator[Document
         if order not in seen and len(seen) <= count:
             seen.add(order)
             copy = reordered(document, order)
-            yield replace(copy, document_id=f"{document.document_id}-order{len(seen) - 1}")
+            yield replace(copy, document_id=f"{document.document_id}+order{len(seen) - 1}")
 
 
 def reordered(document: Document, order: Sequence[int]) -> Document:

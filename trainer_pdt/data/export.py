@@ -60,7 +60,7 @@ class Export:
         card_template (`Path`): Jinja template of the card.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     root: Path
     options: ExportOptions

@@ -100,7 +100,7 @@ def test_nothing_is_written_outside_the_output_folder(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"work", "in.jsonl", "out"}
     assert not list((tmp_path / "work").iterdir())
     rows = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
-    assert sum(len([row for row in split if "-order" not in row["document_id"]]) for split in rows.values()) == 12
+    assert sum(len([row for row in split if "+order" not in row["document_id"]]) for split in rows.values()) == 12
     assert not list((tmp_path / "out").rglob("*etc*"))
 
 
