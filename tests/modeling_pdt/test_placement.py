@@ -182,7 +182,7 @@ def test_checkpointed_layers_leave_the_cache_alone_like_the_trunks(make_placed, 
 @pytest.mark.parametrize("name", TRUNKS)
 @pytest.mark.parametrize("headers", [exactness.HEADERS, [[], [14], []]])
 def test_decoding_is_one_training_forward(make_placed, name, headers):
-    exactness.test_decoding_is_one_training_forward(make_placed, name, headers)
+    exactness.test_decoding_is_one_training_forward(make_placed, name, headers, plan_on_bus=True)
 
 
 @pytest.mark.parametrize("name", TRUNKS)
