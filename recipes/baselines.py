@@ -9,9 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from modeling_pdt import PDTForParallelDecoding
 from trainer_pdt.baselines import Request, Run
 from trainer_pdt.baselines.arguments import BaselineArguments
 from trainer_pdt.baselines.comparison import (
@@ -23,6 +21,7 @@ from trainer_pdt.baselines.comparison import (
 )
 from trainer_pdt.evaluation.documents import held_out_documents
 from trainer_pdt.evaluation.tables import to_markdown
+from trainer_pdt.loading import load_trained
 from trainer_pdt.manifest import decode_manifest, write_decode_manifest
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.render import render_request
@@ -35,9 +34,9 @@ def main(args: list[str] | None = None) -> dict:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    model = PDTForParallelDecoding.from_pretrained(arguments.model, device_map=arguments.device)
+    model, tokenizer = load_trained(arguments.model, device_map=arguments.device)
     model.check_conditioning()
-    tokenizer, folder = AutoTokenizer.from_pretrained(arguments.model), Path(arguments.output_folder)
+    folder = Path(arguments.output_folder)
     documents, texts = [], [render_request(text, tokenizer) for text in arguments.requests()]
     requests = [Request.outlined(text, model, tokenizer) for text in texts]
     if not requests:

@@ -23,6 +23,7 @@ from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArgum
 from trainer_pdt.callbacks import ExpectedTimeCallback
 from trainer_pdt.features import load_features
 from trainer_pdt.guard import LossGuard
+from trainer_pdt.loading import check_source
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.resume import find_checkpoint, record_run
 from trainer_pdt.telemetry import to_jsonable
@@ -36,6 +37,7 @@ def load_model(
 ) -> tuple[PDTForParallelDecoding, PreTrainedTokenizerBase]:
     """A new model on the recipe's trunk, and the trunk's tokenizer."""
     name = str(ROOT / arguments.trunk) if (ROOT / arguments.trunk).is_dir() else arguments.trunk
+    check_source("trunk", name)
     if arguments.trunk_revision is not None and Path(name).is_dir():
         raise ValueError(f"trunk_revision={arguments.trunk_revision!r}, allowed: none, the trunk {name} is a folder.")
     # All files of the trunk come from one commit, which the model remembers.

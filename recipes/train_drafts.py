@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from trainer_pdt.baselines.training import KINDS, DraftArguments, DraftTrainer, SequentialAnswers
+from trainer_pdt.loading import check_source
 from trainer_pdt.parser import RecipeParser
 
 
@@ -16,10 +17,9 @@ def main(args: list[str] | None = None) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     set_seed(training.seed)
-    trunk, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(arguments.trunk),
-        AutoTokenizer.from_pretrained(arguments.trunk),
-    )
+    check_source("trunk", arguments.trunk)
+    trunk = AutoModelForCausalLM.from_pretrained(arguments.trunk)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.trunk)
     heads = KINDS[arguments.kind].for_trunk(trunk)
     dataset = SequentialAnswers(tokenizer, arguments.documents)
     DraftTrainer(heads, training, trunk=trunk, train_dataset=dataset).train()

@@ -13,6 +13,13 @@ from transformers import TrainingArguments
 from .curriculum import Curriculum, check_choice, check_range
 
 TEACHER_KINDS = ("notes", "ema", "text", "trunk")
+NOT_HERE = {
+    "remove_unused_columns": ((False,), "the collator needs every column"),
+    "label_smoothing_factor": ((0.0,), "losses are the stages' own"),
+    "torch_compile": ((False,), "layers are called one by one and change between calls"),
+    "train_sampling_strategy": (("random", "sequential"), "a batch counts documents, whose rows differ in length"),
+}
+"""Fields of `TrainingArguments` that cannot do here what they say, by the values that ask for nothing of it."""
 
 
 @dataclass
@@ -140,8 +147,10 @@ class PDTTrainingArguments(TrainingArguments):
         check_whole("logits_chunk", self.logits_chunk, 0)
         check_whole("block_start_tokens", self.block_start_tokens, 1)
         check_choice("teacher_kind", self.teacher_kind, TEACHER_KINDS)
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True, allowed: False, the collator needs every column.")
+        for name, (allowed, reason) in NOT_HERE.items():
+            if getattr(self, name) not in allowed:
+                choices = " or ".join(map(repr, allowed))
+                raise ValueError(f"{name}={getattr(self, name)!r}, allowed: {choices}, {reason}.")
 
 
 @dataclass

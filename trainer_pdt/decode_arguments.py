@@ -10,8 +10,11 @@ import torch
 from modeling_pdt import PDTGenerationConfig
 from modeling_pdt.configuration_generation import INHERITED_FIELDS
 from modeling_pdt.interventions import make_interventions
-from trainer_pdt.parser import described, load_yaml
-from trainer_pdt.render import render_header
+
+from .arguments import check_whole
+from .curriculum import check_range
+from .parser import described, load_yaml
+from .render import render_header
 
 # The recipe's own options of these names say more than the field of the generation configuration.
 RECIPE_OWNS = ("plan",)
@@ -20,6 +23,28 @@ RECIPE_OWNS = ("plan",)
 def generation_fields() -> list[str]:
     """Fields that [`PDTGenerationConfig`] adds to `GenerationConfig` and that the recipe passes on as they are."""
     return [name for name in vars(PDTGenerationConfig()) if name not in {*INHERITED_FIELDS, *RECIPE_OWNS}]
+
+
+def read_requests(prompt: str | None, prompt_file: str | None) -> list[str]:
+    """The request given, or the lines of the file that are not empty; none of neither."""
+    if prompt_file is None:
+        return [] if prompt is None else [prompt]
+    return [line for line in Path(prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def sampling_options(temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+    """
+    How `generate` is to choose tokens; a temperature of 0 takes the likeliest.
+
+    Raises:
+        ValueError: For an impossible value.
+    """
+    check_range("temperature", temperature, 0.0)
+    check_whole("top_k", top_k, 0)
+    check_range("top_p", top_p, 0.0, 1.0, above=True)
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
 GenerationOptions = dataclasses.make_dataclass(
@@ -81,22 +106,29 @@ class DecodeArguments(GenerationOptions):
     device: str | None = field(default=None, metadata={"help": "Of the model: cuda, cuda:1, mps; default: the CPU."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads."})
 
+    def __post_init__(self) -> None:
+        sampling_options(self.temperature, self.top_k, self.top_p)
+        check_range("repetition_penalty", self.repetition_penalty, 0.0, above=True)
+        for name in ("max_new_tokens", "replay_chunk_calls"):
+            check_whole(name, getattr(self, name), 1)
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1)
+        PDTGenerationConfig(**self.generation_options())
+
     def requests(self) -> list[str]:
         """The requests: the one given, or the lines of the file."""
         if (self.prompt is None) == (self.prompt_file is None):
             raise ValueError("give exactly one of `prompt` and `prompt_file`.")
-        if self.prompt is not None:
-            return [self.prompt]
-        return [line for line in Path(self.prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_requests(self.prompt, self.prompt_file)
+
+    def generation_options(self) -> dict[str, Any]:
+        """Fields of `PDTGenerationConfig` that were given."""
+        return {name: getattr(self, name) for name in generation_fields() if getattr(self, name) is not None}
 
     def generate_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `generate` that do not depend on the model."""
         if self.headers is not None and self.stream_prefixes is not None:
             raise ValueError("give at most one of `headers` and `stream_prefixes`.")
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        options = {name: getattr(self, name) for name in generation_fields() if getattr(self, name) is not None}
         prefixes = self.headers and [render_header(header) for header in self.headers]
         return {
             "plan": None if self.plan == "none" else self.plan,
@@ -109,6 +141,6 @@ class DecodeArguments(GenerationOptions):
             "repetition_penalty": self.repetition_penalty,
             "interventions": make_interventions(self.interventions),
             "seed": self.seed,
-            **sampling,
-            **options,
+            **sampling_options(self.temperature, self.top_k, self.top_p),
+            **self.generation_options(),
         }

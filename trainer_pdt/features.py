@@ -18,7 +18,7 @@ from modeling_pdt.plan import plan_bucket
 
 from .arguments import DataArguments
 from .data.notes import source_of
-from .data.publish import document_from_row, load_published
+from .data.publish import DOCUMENT_FEATURES, document_from_row, load_published
 from .data.schema import Document, Fact, Stream
 from .data.worlds import WorldOptions, generate_document
 from .render import render_header, render_outline, render_request
@@ -333,6 +333,11 @@ def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[
     missing = sorted(counts.keys() - splits.keys())
     if missing:
         raise ValueError(f"dataset_path={data.dataset_path!r} lacks the splits {missing}, it has {sorted(splits)}.")
+    missing = sorted(DOCUMENT_FEATURES.keys() - splits["train"].column_names)
+    if missing:
+        raise ValueError(
+            f"dataset_path={data.dataset_path!r} lacks the columns {missing} of a dataset that was built."
+        )
     parts = [splits[name].select(range(min(count, len(splits[name])))) for name, count in counts.items()]
     maker.values = collect_values(document_from_row(row) for row in parts[0])
     maker.items = collect_items(document_from_row(row) for row in islice(parts[0], VALUE_DOCUMENTS))

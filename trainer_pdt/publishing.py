@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hub_cards import template_path
 from modeling_pdt import PDTForParallelDecoding
 
 from .evaluation.values import measure, part
+from .loading import load_trained
 from .render import HARMONY_FINAL, render_request
 from .telemetry import (
     MANIFEST_FILE,
@@ -110,10 +111,10 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
     Raises:
         ValueError: For a model that does not load, does not condition, or names a trunk that nobody else has.
     """
+    model, tokenizer = load_trained(arguments.model)
     folder = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model = PDTForParallelDecoding.from_pretrained(arguments.model)
     model.check_conditioning()
     if not arguments.include_trunk and os.path.isdir(model.config.trunk_name_or_path or ""):
         raise ValueError(
@@ -121,7 +122,6 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
             "include_trunk=true, which uploads a small trunk too."
         )
     model.save_pretrained(folder, include_trunk=arguments.include_trunk)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     # How it was loaded here concerns nobody else.
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
@@ -132,6 +132,8 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
     evaluation = {}
     if arguments.evaluation is not None:
         evaluation = without_paths(read_json(arguments.evaluation))
+        if "settings" not in evaluation and not measured(evaluation):
+            raise ValueError(f"evaluation={arguments.evaluation!r}, allowed: what recipes/evaluate.py wrote.")
         write_json(folder / EVALUATION_FILE, evaluation)
     if license_file is not None:
         shutil.copyfile(license_file, folder / "LICENSE")

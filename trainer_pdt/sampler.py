@@ -96,20 +96,11 @@ def sampler_for(
         args (`TrainingArguments`): Seed, strategy and what becomes of the rest of an epoch.
         batch_size (`int`): Documents per batch.
         shuffle (`bool`, *optional*, defaults to `False`): For training.
-
-    Raises:
-        ValueError: For a strategy that would mix them again.
     """
     if not has_length(dataset) or len(set(counts := stream_counts(dataset))) < 2:
         return None
-    strategy = args.train_sampling_strategy
-    if strategy not in ("random", "sequential"):
-        raise ValueError(
-            f"train_sampling_strategy={strategy!r}, allowed with documents of {sorted(set(counts))} streams: "
-            "'random' or 'sequential'."
-        )
     seed = args.seed if args.data_seed is None else args.data_seed
-    is_shuffled = shuffle and strategy == "random"
+    is_shuffled = shuffle and args.train_sampling_strategy == "random"
     return StreamCountSampler(counts, batch_size, seed if is_shuffled else None, args.dataloader_drop_last)
 
 

@@ -100,7 +100,8 @@ class TrunkArguments:
 
     def __post_init__(self) -> None:
         check_choice("model_type", self.model_type, FAMILIES)
-        check_range("p_foreign", self.p_foreign, 0.0, 1.0)
+        for name in ("p_foreign", "p_hard", "p_other_streams", "p_permuted", "p_cut"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
 
 
 @dataclass

@@ -108,6 +108,9 @@ def test_missing_numbers_leave_their_lines_out(run, tmp_path):
     bare = publish(run, tmp_path, "--include_trunk")
     assert ModelCard.load(bare / "README.md").data.eval_results is None
     assert "## Measured" not in (bare / "README.md").read_text() and not (bare / "evaluation.json").exists()
+    # Any JSON passed for an evaluation, and gave a card without figures.
+    with pytest.raises(ValueError, match=r"evaluation=.*config.json', allowed: what recipes/evaluate.py wrote"):
+        publish(run, tmp_path, "--include_trunk", "--evaluation", str(run / "config.json"))
 
 
 def test_provenance_without_paths_of_the_machine(run, tmp_path):

@@ -95,6 +95,12 @@ def test_stages_need_the_length_of_the_run(tmp_path):
             r"teacher_kind: 'texts' is unknown \(did you mean 'text'\?\), allowed: notes, ema, text, trunk",
         ),
         ({"remove_unused_columns": True}, "remove_unused_columns=True, allowed: False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1, allowed: 0.0, losses are the stages' own"),
+        ({"torch_compile": True}, "torch_compile=True, allowed: False"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy='group_by_length', allowed: 'random'",
+        ),
     ],
 )
 def test_bad_training_arguments_are_named(tmp_path, values, message):

@@ -74,9 +74,6 @@ def test_one_number_of_streams_keeps_the_sampler_of_the_library(tmp_path, mixed)
     assert sampler_for(make_features(4), args, 2) is None
     assert stream_counts(mixed) == [2, 2, 2, 4]
     assert list(sampler_for(mixed, args, 2)) == [0, 1, 2, 0, 3, 3]
-    by_length = make_arguments(tmp_path, train_sampling_strategy="group_by_length")
-    with pytest.raises(ValueError, match=r"'group_by_length', allowed with documents of \[2, 4\] streams"):
-        sampler_for(mixed, by_length, 2)
 
 
 def test_training_takes_a_mixed_dataset_and_goes_on_in_the_middle_of_an_epoch(tmp_path, mixed):

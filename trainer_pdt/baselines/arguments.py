@@ -1,13 +1,13 @@
 """Options of `recipes/baselines.py`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM
 
 from ..arguments import check_whole
 from ..curriculum import check_choice
+from ..decode_arguments import read_requests, sampling_options
 from .eagle import EagleHead
 from .lookahead import LookaheadOptions
 from .medusa import MedusaHeads
@@ -62,17 +62,18 @@ class BaselineArguments:
                 raise ValueError(
                     f"{needed}={getattr(self, needed)!r}, allowed: a model with method {name!r}, else none."
                 )
-        for name in ("documents", "prompt_lookup_num_tokens", "eagle_length"):
+        for name in ("documents", "max_new_tokens", "prompt_lookup_num_tokens", "eagle_length"):
             check_whole(name, getattr(self, name), 1)
+        if self.threads is not None:
+            check_whole("threads", self.threads, 1)
+        sampling_options(self.temperature, self.top_k, self.top_p)
         self.lookahead()
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("give at most one of `prompt` and `prompt_file`.")
 
     def requests(self) -> list[str]:
         """The requests given; none = the worlds' documents."""
-        if self.prompt_file is None:
-            return [] if self.prompt is None else [self.prompt]
-        return [line for line in Path(self.prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_requests(self.prompt, self.prompt_file)
 
     def lookahead(self) -> LookaheadOptions:
         """Sizes of lookahead decoding."""
@@ -95,7 +96,5 @@ class BaselineArguments:
 
     def generate_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `generate`."""
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        sampling = sampling_options(self.temperature, self.top_k, self.top_p)
         return {"max_new_tokens": self.max_new_tokens, "seed": self.seed, **sampling}

@@ -37,7 +37,7 @@ def make_teacher(name: str, options: dict) -> Teacher:
     try:
         return TEACHERS[name](**options)
     except TypeError as error:
-        raise ValueError(f"`teacher_options` of {name!r}: {str(error).replace('__init__() ', '')}") from error
+        raise ValueError(f"`teacher_options`: {name!r} {str(error).partition('() ')[2]}") from error
 
 
 @dataclass(frozen=True)

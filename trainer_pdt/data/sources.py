@@ -367,7 +367,7 @@ def make_source(options: Mapping[str, Any]) -> Source:
     try:
         return SOURCES[kind](**fields)
     except TypeError as error:
-        raise ValueError(f"source of kind {kind!r}: {str(error).replace('__init__() ', '')}") from error
+        raise ValueError(f"source of kind {kind!r} {str(error).partition('() ')[2]}") from error
 
 
 def _refuse_columns(source: _Files) -> None:

@@ -1,0 +1,42 @@
+"""What decoding recipes refuse before they load anything."""
+
+import pytest
+
+from trainer_pdt.baselines.arguments import BaselineArguments
+from trainer_pdt.decode_arguments import DecodeArguments
+from trainer_pdt.trunk import TrunkArguments
+
+
+@pytest.mark.parametrize("kind", [DecodeArguments, BaselineArguments])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # A negative temperature was taken for 0.
+        ({"temperature": -1.0}, "temperature=-1.0, allowed: a number at least 0.0"),
+        ({"top_p": 2.0, "temperature": 0.0}, "top_p=2.0, allowed: a number above 0.0 and at most 1.0"),
+        ({"top_k": -1}, "top_k=-1, allowed: an int of at least 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0, allowed: an int of at least 1"),
+        ({"threads": 0}, "threads=0, allowed: an int of at least 1"),
+    ],
+)
+def test_impossible_sampling_is_named(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(model="m", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_streams": "x"}, "num_streams must be an integer >= 1, got 'x'"),
+        ({"replay_chunk_calls": 0}, "replay_chunk_calls=0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0, allowed: a number above 0.0"),
+    ],
+)
+def test_options_of_decoding_are_checked_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeArguments(model="m", **options)
+
+
+def test_shares_of_the_trunk_s_mixture_are_shares():
+    with pytest.raises(ValueError, match=r"p_cut=7.0, allowed: a number at least 0.0 and at most 1.0"):
+        TrunkArguments(p_cut=7.0)
