@@ -169,13 +169,15 @@ class TeacherForcedMetrics:
         self._add(f"{name}_recall", found[wanted])
 
     def compute(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over everything added, after `reduce` has summed over processes; counts as `n_sibling`, `n_other`."""
+        """
+        Means over everything added, after `reduce` has summed over processes; counts as `n_sibling`, `n_other`.
+        What nothing was counted for is left out.
+        """
         totals = {name: reduce(sums) for name, sums in self.sums.items()}
-        results = {name: float(total[0] / total[1].clamp(min=1)) for name, total in totals.items()}
-        results["loss"] = results["other_ce"] + results["sibling_ce"]
+        results = {name: float(total[0] / total[1]) for name, total in totals.items() if total[1]}
+        results["loss"] = results.get("other_ce", 0.0) + results.get("sibling_ce", 0.0)
         if self.bus_mixes:
-            uncounted = [name for name, total in totals.items() if not total[1]]
-            results = _derived({name: value for name, value in results.items() if name not in uncounted})
+            results = _derived(results)
         results["n_sibling"] = int(totals["sibling_ce"][1])
         results["n_other"] = int(totals["other_ce"][1])
         return results

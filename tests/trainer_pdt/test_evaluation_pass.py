@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.tiny_training import make_collator, make_features, make_model, make_trainer
+from trainer_pdt.collator import NO_SOURCE
 from trainer_pdt.evaluation.bars import HEALTH
 from trainer_pdt.evaluation_pass import BUS_MIXES, TeacherForcedMetrics, _derived, mix_suffix
 from trainer_pdt.losses import IGNORE_INDEX
@@ -52,6 +53,13 @@ def test_nothing_is_added_without_mixes(model, batch):
     plain, full = measured(model, [batch], ()), measured(model, [batch])
     assert set(plain) == PLAIN
     assert {name: full[name] for name in PLAIN} == plain
+
+
+def test_what_nothing_was_counted_for_is_left_out(model, batch):
+    # Documents that repeat nothing had an accuracy and a cross-entropy of 0.
+    plain = measured(model, [{**batch, "source_round": torch.full_like(batch["source_round"], NO_SOURCE)}], ())
+    assert set(plain) == {name for name in PLAIN if not name.startswith("sibling")}
+    assert plain["loss"] == plain["other_ce"] > 0 and plain["n_sibling"] == 0
 
 
 def test_names_of_every_mix(model, batch):
