@@ -117,11 +117,16 @@ def perform(run: Run, root: Path) -> dict[str, Any]:
         else:
             fixed = {"OMP_NUM_THREADS": str(run.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             environment = {"OMP_WAIT_POLICY": "PASSIVE", **MEMORY, **os.environ, **fixed, "PYTHONPATH": str(root)}
-            command = [sys.executable, run.script, "--config", str(recipe_file)]
+            command = [sys.executable, run.script, "--config", place_of(recipe_file, root)]
             handles = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": (lock.fileno(),)}
             subprocess.run(command, cwd=root, env=environment, check=True, **handles)
         result = run.measured(time.monotonic() - started)
         return read_json(write_json(run.folder / RESULT_FILE, result))
+
+
+def place_of(path: Path, root: Path) -> str:
+    """A path as recipes take it: relative to the repository where it lies inside."""
+    return os.path.relpath(path, root) if path.is_relative_to(root) else str(path)
 
 
 def perform_all(

@@ -1,6 +1,5 @@
 """The proof: one list of trunks, trainings, ablations and evaluations, each a piece that is made once and kept."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from ..ablation import AblationArguments, plan_runs
 from ..arguments import check_whole
 from ..curriculum import check_choice, check_range
 from ..parser import RecipeParser, load_yaml
-from ..runs import EVALUATE, TRAIN, TRUNK, Run
+from ..runs import EVALUATE, TRAIN, TRUNK, Run, place_of
 
 LONGEST_PIECE = 150
 """Minutes that one piece may take."""
@@ -196,8 +195,3 @@ def _evaluation(name: str, entry: Entry, recipe: dict[str, Any], run: Run, folde
         "training_report": place_of(run.model / "training_report.json", root),
     }
     return Run(case, run.seed, folder, {**recipe, **places, "resume": True}, EVALUATE, (run,), entry.minutes)
-
-
-def place_of(path: Path, root: Path) -> str:
-    """A path as recipes take it: relative to the repository where it lies inside."""
-    return os.path.relpath(path, root) if path.is_relative_to(root) else str(path)

@@ -6,11 +6,11 @@ from typing import Any
 
 from ..ablation import BASE, AblationArguments, compare, report_tables
 from ..parser import RecipeParser, load_yaml
-from ..runs import RECIPE_FILE, Run
+from ..runs import RECIPE_FILE, Run, place_of
 from ..telemetry import read_json, write_json
 from .further_tables import FURTHER_TABLES
 from .pooled import Pooled
-from .proof import ProofArguments, place_of
+from .proof import ProofArguments
 from .proof_bars import check_proof
 from .proof_plots import figures_of
 from .report import read_training
