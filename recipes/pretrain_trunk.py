@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import command_line, write_json
-from trainer_pdt.trunk import TrunkArguments, TrunkCollator, TrunkCorpus, TrunkTrainer, train_tokenizer, trunk_config
+from trainer_pdt.trunk import TrunkArguments, TrunkTrainer, trunk_config
+from trainer_pdt.trunk_corpus import TrunkCollator, TrunkCorpus, train_tokenizer
 from trainer_pdt.trunk_evaluation import evaluate_trunk, save_trunk
 
 

@@ -19,7 +19,7 @@ from trainer_pdt.live_view import LiveView
 from trainer_pdt.manifest import differences, read_decode_manifest
 from trainer_pdt.parser import RecipeParser
 from trainer_pdt.telemetry import read_json, write_json
-from trainer_pdt.trunk import train_tokenizer
+from trainer_pdt.trunk_corpus import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 

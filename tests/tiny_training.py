@@ -13,7 +13,8 @@ from trainer_pdt import FeatureMaker, PDTDataCollator, PDTTrainer, PDTTrainingAr
 from trainer_pdt.curriculum import Curriculum
 from trainer_pdt.data.worlds import WorldOptions, generate_documents
 from trainer_pdt.features import WorldFeatures, collect_values
-from trainer_pdt.trunk import TrunkArguments, train_tokenizer, trunk_config
+from trainer_pdt.trunk import TrunkArguments, trunk_config
+from trainer_pdt.trunk_corpus import train_tokenizer
 
 BUS_STAGE: dict[str, Any] = {
     "name": "bus",

@@ -30,6 +30,9 @@ class PDTTrainingArguments(TrainingArguments):
     Args:
         gate_lr_scale (`float`, *optional*, defaults to 10.0): Learning rate of the SNC gates relative to the rest.
         sibling_weight (`float`, *optional*, defaults to 5.0): Weight of sibling-fact tokens in `lm_ce`, `kd`, `notes`.
+        other_weight (`float`, *optional*, defaults to 1.0): Weight there of all other tokens. 0: adapters learn from
+            repeated facts alone and `keep_close` holds the rest; else they also learn which words their training
+            documents choose, and state others less.
         teacher_kind (`str`, *optional*, defaults to `"notes"`): Target of `kd`: the branch with true notes and live
             weights (`"notes"`) or their moving average (`"ema"`; aim of `kd_plan`, `spec` and `spec_kl` too), the
             trunk that reads the siblings' text (`"text"`), or the trunk alone (`"trunk"`, not on repeated facts).
@@ -72,6 +75,7 @@ class PDTTrainingArguments(TrainingArguments):
 
     gate_lr_scale: float = field(default=10.0, metadata={"help": "Learning rate of the gates over the rest's."})
     sibling_weight: float = field(default=5.0, metadata={"help": "Weight of sibling-fact tokens in token losses."})
+    other_weight: float = field(default=1.0, metadata={"help": "Weight of all other tokens in token losses."})
     teacher_kind: str = field(
         default="notes",
         metadata={"help": "Target of kd: true notes, averaged weights, text, or trunk.", "choices": TEACHER_KINDS},
@@ -126,6 +130,7 @@ class PDTTrainingArguments(TrainingArguments):
             "coverage_pos_weight",
         ):
             check_range(name, getattr(self, name), 0.0, above=True)
+        check_range("other_weight", self.other_weight, 0.0)
         check_range("usage_margin", self.usage_margin, 0.0)
         check_range("agreement_margin", self.agreement_margin, 0.0)
         check_range("redundancy_threshold", self.redundancy_threshold, -1.0, 1.0)
@@ -203,6 +208,9 @@ class DataArguments:
         document_streams (`int`, *optional*): Sections per procedural document, 2 to 6; 3 when missing.
         hard_fraction (`float`, *optional*): Share of procedural training documents with several facts of one type;
             0 when missing.
+        foreign_fraction (`float`, *optional*): Share of procedural training documents whose facts have values of any
+            type, so that only the cue tells which is meant; 0 when missing. Best with `other_weight: 0`, which keeps
+            sections from stating such values themselves.
         max_row_tokens (`int`, *optional*, defaults to 512): Longest row; a longer one is an error, never cut.
         feature_workers (`int`, *optional*, defaults to 1): Processes that make the features of a published dataset,
             which `datasets` keeps by fingerprint for the next run.
@@ -217,6 +225,9 @@ class DataArguments:
     hard_fraction: float | None = field(
         default=None, metadata={"help": "Share of procedural documents with several facts of one type."}
     )
+    foreign_fraction: float | None = field(
+        default=None, metadata={"help": "Share of procedural training documents with values of any type."}
+    )
     max_row_tokens: int = field(default=512, metadata={"help": "Longest row; a longer one is an error."})
     feature_workers: int = field(default=1, metadata={"help": "Processes that make features of a published dataset."})
 
@@ -225,7 +236,7 @@ class DataArguments:
         check_whole("train_documents", self.train_documents, 1)
         check_whole("eval_documents", self.eval_documents, 1)
         check_whole("max_row_tokens", self.max_row_tokens, 2)
-        for name, default in (("document_streams", 3), ("hard_fraction", 0.0)):
+        for name, default in (("document_streams", 3), ("hard_fraction", 0.0), ("foreign_fraction", 0.0)):
             value = getattr(self, name)
             if self.dataset_path is None:
                 setattr(self, name, default if value is None else value)
@@ -237,6 +248,7 @@ class DataArguments:
         if self.dataset_path is None:
             check_whole("document_streams", self.document_streams, 2, 6)
             check_range("hard_fraction", self.hard_fraction, 0.0, 1.0)
+            check_range("foreign_fraction", self.foreign_fraction, 0.0, 1.0)
 
 
 @dataclass

@@ -51,7 +51,7 @@ class Targets:
         offsets_M (`LongTensor`): Place in the block.
         sibling_M (`BoolTensor`): Token of a repeated fact.
         feasible_M (`BoolTensor`): Of a repeated fact that a visible note can have told.
-        weights_M (`Tensor`): 1, or the weight of feasible repeated facts.
+        weights_M (`Tensor`): Weight of feasible repeated facts, or of other tokens.
     """
 
     tokens_M: Tensor
@@ -125,6 +125,7 @@ def build_targets(
     inputs: Mapping[str, Tensor],
     rollout: Rollout,
     sibling_weight: float,
+    other_weight: float = 1.0,
     swapped_R: Tensor | None = None,
     disputed_RT: Tensor | None = None,
 ) -> Targets:
@@ -134,7 +135,8 @@ def build_targets(
     Args:
         inputs (`Mapping[str, Tensor]`): From the collator.
         rollout (`Rollout`): Its lags decide what is feasible.
-        sibling_weight (`float`): Weight of feasible repeated facts.
+        sibling_weight (`float`), other_weight (`float`, *optional*, defaults to 1.0): Weights of feasible repeated
+            facts and of all other tokens.
         swapped_R (`BoolTensor` of shape `[R]`, *optional*): Rows that read another document's notes; what they repeat
             cannot be known and gets weight 0.
         disputed_RT (`BoolTensor` of shape `[R, T]`, *optional*): Tokens that notes of the bus contradict; where those
@@ -145,7 +147,7 @@ def build_targets(
     sibling = source != NO_SOURCE
     newest = inputs["write_round"] - rollout.lag_R1
     feasible = sibling & (source <= newest) & (source > newest - rollout.capacity)
-    weights = torch.where(feasible, sibling_weight, 1.0)
+    weights = torch.where(feasible, sibling_weight, other_weight)
     if swapped_R is not None:
         weights = weights.masked_fill(sibling & swapped_R[:, None], 0.0)
     if disputed_RT is not None:
@@ -221,7 +223,8 @@ def run_branches(
     predicts = any(stage.is_active(loss) for loss in TOKEN_LOSSES)
     swapped = noise.swapped_R.to(positions.device) if stage.note_swap > 0 else None
     disputed = disputed_tokens(inputs, noise, rollout) if stage.note_contradict > 0 else None
-    targets = build_targets(inputs, rollout, arguments.sibling_weight, swapped, disputed)
+    weights = arguments.sibling_weight, arguments.other_weight
+    targets = build_targets(inputs, rollout, *weights, swapped, disputed)
     plans = stage.is_active("planner") or stage.is_active("kd_plan")
     reading = {
         "tap": inputs.get("tap"),

@@ -78,19 +78,8 @@ def plant_contradictions(
         for number in sorted(number for index, number in chosen if index == stream.stream_id):
             span = stream.spans[number]
             replaced[number] = rng.choice([value for value in values[span.cue] if value != span.value])
-        streams.append(_replace_values(stream, replaced))
+        streams.append(stream.with_values(replaced))
     return replace(document, streams=tuple(streams)), chosen
-
-
-def _replace_values(stream: Stream, replaced: Mapping[int, str]) -> Stream:
-    text, spans, done = "", [], 0
-    for number, span in enumerate(stream.spans):
-        value = replaced.get(number, span.value)
-        text += stream.text[done : span.start]
-        spans.append(replace(span, start=len(text), end=len(text) + len(value), value=value))
-        text += value
-        done = span.end
-    return replace(stream, text=text + stream.text[done:], spans=tuple(spans))
 
 
 @dataclass
@@ -326,7 +315,8 @@ def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[
             for index in range(VALUE_DOCUMENTS)
         ]
         maker.values, maker.items = collect_values(pool), collect_items(pool)
-        train = WorldFeatures("train", data.train_documents, maker, options, data.hard_fraction)
+        shares = data.hard_fraction, data.foreign_fraction
+        train = WorldFeatures("train", data.train_documents, maker, options, *shares)
         return train, WorldFeatures("validation", data.eval_documents, maker, options, data.hard_fraction)
     splits = load_published(data.dataset_path)
     counts = {"train": data.train_documents, "validation": data.eval_documents}
@@ -357,13 +347,21 @@ class WorldFeatures(Dataset):
         options ([`WorldOptions`]): Kind of the core documents; its `hard` is overruled by `hard_fraction`.
         hard_fraction (`float`, *optional*, defaults to 0.0): Share of documents with several facts of one type, spread
             evenly.
+        foreign_fraction (`float`, *optional*, defaults to 0.0): Share of the core and of the hard documents with values
+            of any type, spread evenly.
     """
 
     def __init__(
-        self, split: str, count: int, features: FeatureMaker, options: WorldOptions, hard_fraction: float = 0.0
+        self,
+        split: str,
+        count: int,
+        features: FeatureMaker,
+        options: WorldOptions,
+        hard_fraction: float = 0.0,
+        foreign_fraction: float = 0.0,
     ) -> None:
-        self.split, self.count, self.features = split, count, features
-        self.options, self.hard_fraction = options, hard_fraction
+        self.split, self.count, self.features, self.options = split, count, features, options
+        self.hard_fraction, self.foreign_fraction = hard_fraction, foreign_fraction
 
     def __len__(self) -> int:
         return self.count
@@ -376,8 +374,11 @@ class WorldFeatures(Dataset):
         """The document behind item `index`."""
         if not 0 <= index < self.count:
             raise IndexError(f"index is {index}, must be 0 to {self.count - 1}.")
-        hard = int((index + 1) * self.hard_fraction) > int(index * self.hard_fraction)
-        return generate_document(self.split, index, replace(self.options, hard=hard))
+        before, upto = (int(number * self.hard_fraction) for number in (index, index + 1))
+        place, share = (before if upto > before else index - before), self.foreign_fraction
+        foreign = int((place + 1) * share) > int(place * share)
+        options = replace(self.options, hard=upto > before, foreign_values=foreign)
+        return generate_document(self.split, index, options)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         document = self.document(index)

@@ -72,6 +72,7 @@ def test_stages_need_the_length_of_the_run(tmp_path):
         ({"gate_lr_scale": 0.0}, "gate_lr_scale=0.0, allowed: a number above 0.0"),
         ({"sibling_weight": -1}, "sibling_weight=-1"),
         ({"sibling_weight": "5"}, "sibling_weight='5'"),
+        ({"other_weight": -0.5}, "other_weight=-0.5, allowed: a number at least 0.0"),
         ({"kd_temperature": float("inf")}, "kd_temperature=inf"),
         ({"kd_plan_temperature": 0}, "kd_plan_temperature=0"),
         ({"spec_kl_temperature": 0}, "spec_kl_temperature=0"),
@@ -116,6 +117,7 @@ def test_bad_training_arguments_are_named(tmp_path, values, message):
         ({"document_streams": 7}, "document_streams=7, allowed: an int of at least 2 and at most 6"),
         ({"document_streams": 1}, "document_streams=1"),
         ({"hard_fraction": 2}, "hard_fraction=2"),
+        ({"foreign_fraction": -0.1}, "foreign_fraction=-0.1"),
         ({"max_row_tokens": 1}, "max_row_tokens=1"),
     ],
 )
@@ -126,10 +128,10 @@ def test_bad_data_arguments_are_named(values, message):
 
 def test_fields_of_worlds_belong_to_worlds():
     worlds = DataArguments()
-    assert (worlds.document_streams, worlds.hard_fraction) == (3, 0.0)
+    assert (worlds.document_streams, worlds.hard_fraction, worlds.foreign_fraction) == (3, 0.0, 0.0)
     published = DataArguments(dataset_path="data")
-    assert (published.document_streams, published.hard_fraction) == (None, None)
-    for name, value in (("document_streams", 3), ("hard_fraction", 0.25)):
+    assert (published.document_streams, published.hard_fraction, published.foreign_fraction) == (None, None, None)
+    for name, value in (("document_streams", 3), ("hard_fraction", 0.25), ("foreign_fraction", 0.5)):
         with pytest.raises(ValueError, match=f"{name}={value}, allowed with dataset_path='data': none"):
             DataArguments(dataset_path="data", **{name: value})
 

@@ -148,7 +148,7 @@ def test_contradicted_facts_do_not_count_and_are_refused(model, batch):
     judged = (batch["reference"] >= 0) & batch["judgeable"].gather(1, batch["write_round"].clamp(min=0))
     visible = batch["source_round"] <= batch["write_round"]
     assert disputed.any() and torch.equal(disputed, judged & visible & (batch["source_round"] >= 0))
-    plain, counted = (build_targets(batch, rollout, 5.0, None, d) for d in (None, disputed))
+    plain, counted = (build_targets(batch, rollout, 5.0, disputed_RT=d) for d in (None, disputed))
     assert (plain.weights_M[plain.feasible_M] == 5.0).all()
     assert (counted.weights_M[plain.feasible_M] == 0.0).all()
     assert torch.equal(counted.weights_M[~plain.feasible_M], plain.weights_M[~plain.feasible_M])

@@ -62,8 +62,10 @@ def test_targets_weigh_what_a_note_can_have_told(model, batch):
     usual = build_targets(batch, rollout, 5.0)
     assert usual.sibling_M.sum() >= now.feasible_M.sum() > usual.feasible_M.sum() > later.feasible_M.sum() == 0
     assert torch.equal(usual.weights_M, torch.where(usual.feasible_M, 5.0, 1.0))
-    swapped = build_targets(batch, rollout, 5.0, torch.ones(12, dtype=torch.bool))
+    swapped = build_targets(batch, rollout, 5.0, swapped_R=torch.ones(12, dtype=torch.bool))
     assert torch.equal(swapped.weights_M, torch.where(usual.sibling_M, 0.0, 1.0))
+    alone = build_targets(batch, rollout, 5.0, other_weight=0.0)
+    assert torch.equal(alone.weights_M, torch.where(usual.feasible_M, 5.0, 0.0))
 
 
 WEIGHTS = torch.tensor([5.0, 0.0, 1.0, 1.0])

@@ -15,7 +15,7 @@ from trainer_pdt.render import (
     render_row,
     render_sequential,
 )
-from trainer_pdt.trunk import train_tokenizer
+from trainer_pdt.trunk_corpus import train_tokenizer
 
 DOCUMENT = Document(
     "d",

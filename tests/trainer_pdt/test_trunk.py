@@ -14,20 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM
 
 from trainer_pdt.data.counting import count_document
 from trainer_pdt.data.worlds import WorldOptions, generate_document
-from trainer_pdt.data.worlds_lexicon import GIVEN_NAMES, POOLS, SURNAMES
+from trainer_pdt.data.worlds_lexicon import GIVEN_NAMES, POOLS, SURNAMES, values_of
 from trainer_pdt.data.worlds_parser import parse_section
-from trainer_pdt.trunk import (
-    FAMILIES,
-    IGNORE,
+from trainer_pdt.trunk import FAMILIES, IGNORE, TrunkArguments, trunk_config, weighted_lm_loss
+from trainer_pdt.trunk_corpus import (
     RowBuilder,
-    TrunkArguments,
     TrunkCollator,
     TrunkCorpus,
     TrunkExample,
     prompt_lengths,
     train_tokenizer,
-    trunk_config,
-    weighted_lm_loss,
 )
 from trainer_pdt.trunk_evaluation import complete, evaluate_trunk, save_trunk, summarize, write_sequential
 
@@ -101,7 +97,7 @@ def test_single_row_masks_request_and_header(tokenizer):
 def test_card_repeats_every_fact(tokenizer):
     builder = RowBuilder(tokenizer, TrunkArguments())
     for seed in range(20):
-        card = builder.card(random.Random(seed))
+        card = builder.card(random.Random(seed), 0.1)
         mentions = [(mention.cue, mention.value) for mention in parse_section(tokenizer.decode(card.input_ids))]
         assert len(mentions) == 18 and len(set(mentions)) == 6
 
@@ -206,13 +202,41 @@ def test_an_unknown_family_and_an_impossible_share_are_refused():
         TrunkArguments(model_type="qwen")
     with pytest.raises(ValueError, match=r"p_foreign=1\.5"):
         TrunkArguments(p_foreign=1.5)
+    with pytest.raises(ValueError, match="foreign_until"):
+        TrunkArguments(foreign_from=5, foreign_until=3)
 
 
 def test_cards_of_foreign_types_give_cues_values_of_other_types(tokenizer):
     def foreign(share):
-        builder, rng = RowBuilder(tokenizer, replace(SMALL, p_foreign=share)), random.Random(0)
-        weights = [builder.card(rng).weights for _ in range(20)]
+        builder, rng = RowBuilder(tokenizer, SMALL), random.Random(0)
+        weights = [builder.card(rng, share).weights for _ in range(20)]
         # A first mention of a foreign value cannot be known: weight 0, else .2.
         return sum(0.0 in row[:-1] for row in weights)
 
     assert foreign(0.0) == 0 and foreign(1.0) == 20
+
+
+def test_a_first_mention_in_a_foreign_document_has_no_weight(tokenizer):
+    builder = RowBuilder(tokenizer, replace(SMALL, p_permuted=0.0))
+    for index in range(10):
+        row = builder.sequential(document(index), random.Random(0), p_foreign=1.0)
+        answer = [weight for weight, label in zip(row.weights, row.labels, strict=True) if label != IGNORE]
+        assert min(answer) > 0 and row.weights.count(5.0) > 0
+        silent = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label == IGNORE]
+        plain = builder.sequential(document(index), random.Random(0))
+        quiet = [token for token, label in zip(plain.input_ids, plain.labels, strict=True) if label == IGNORE]
+        assert len(silent) > len(quiet)
+
+
+def test_foreign_facts_come_in_their_stage_only(tokenizer):
+    arguments = replace(SMALL, foreign_from=4, foreign_until=8, p_foreign=0.0, p_foreign_cards=1.0)
+    arguments = replace(arguments, p_foreign_documents=1.0, p_cut=0.0)
+    batches = list(itertools.islice(TrunkCorpus(tokenizer, arguments, seed=3), 2, 2 + 2 * 12, 2))
+
+    def share_typed(batch):
+        mentions = [mention for row in batch for mention in parse_section(tokenizer.decode(row.input_ids))]
+        return sum(mention.value in values_of(mention.cue) for mention in mentions) / len(mentions)
+
+    shares = [share_typed(batch) for batch in batches]
+    # Words after a cue in a plan count too.
+    assert min(shares[:4] + shares[8:]) > 0.8 and max(shares[4:8]) < 0.4

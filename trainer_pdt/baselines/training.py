@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from ..arguments import check_whole
 from ..data.worlds import WorldOptions, generate_document
-from ..trunk import RowBuilder, TrunkArguments, TrunkCollator, TrunkExample
+from ..trunk import TrunkArguments
+from ..trunk_corpus import RowBuilder, TrunkCollator, TrunkExample
 from .eagle import EagleHead
 from .medusa import MedusaHeads
 

@@ -4,7 +4,8 @@ Text and stable ids only. Token ids, note vectors and slot numbers depend on a t
 later, in ``trainer_pdt.features``. Standard library only.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 NOTES_SCHEMA_VERSION = "2.0"
@@ -133,6 +134,17 @@ class Stream:
     snapshots: tuple[NotesSnapshot, ...] = ()
     ready: tuple[bool, ...] = ()
 
+    def with_values(self, replaced: Mapping[int, str]) -> "Stream":
+        """The same text with the values of some spans, by their number, replaced; notes stay as they are."""
+        text, spans, done = "", [], 0
+        for number, span in enumerate(self.spans):
+            value = replaced.get(number, span.value)
+            text += self.text[done : span.start]
+            spans.append(replace(span, start=len(text), end=len(text) + len(value), value=value))
+            text += value
+            done = span.end
+        return replace(self, text=text + self.text[done:], spans=tuple(spans))
+
 
 @dataclass(frozen=True)
 class Document:
@@ -141,7 +153,8 @@ class Document:
     Args:
         document_id (`str`): Stable id; splits are made by it before any augmentation.
         domain (`str`): World or source the document belongs to.
-        split_tags (`tuple[str]`): Subset of ``"core"``, ``"hard"``, ``"heldout_values"``, ``"heldout_wordings"``.
+        split_tags (`tuple[str]`): Subset of ``"core"``, ``"hard"``, ``"foreign_values"``, ``"heldout_values"``,
+            ``"heldout_wordings"``.
         prompt (`str`): The request, without the plan.
         items (`tuple[PlanItem]`): Plan items of all streams in stream order.
         streams (`tuple[Stream]`): In the order of the answer.

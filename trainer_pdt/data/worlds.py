@@ -7,8 +7,8 @@ exactly. Everything is a function of (seed, split, index, options). Standard lib
 
 import hashlib
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from .schema import Document, PlanItem, Span, Stream
@@ -57,6 +57,7 @@ class WorldOptions:
         heldout_values (`bool`, *optional*): False draws training values, True only held-out ones, None any.
         heldout_wordings (`bool`, *optional*): The same for plan wordings.
         seed (`int`): Another seed is another benchmark.
+        foreign_values (`bool`): Give every fact a value of any type, in place of its cue's.
     """
 
     num_streams: int = 3
@@ -64,6 +65,7 @@ class WorldOptions:
     heldout_values: bool | None = False
     heldout_wordings: bool | None = False
     seed: int = 0
+    foreign_values: bool = False
 
     def __post_init__(self):
         if not MIN_STREAMS <= self.num_streams <= MAX_STREAMS:
@@ -73,6 +75,7 @@ class WorldOptions:
     def tags(self) -> tuple[str, ...]:
         """Split tags of the documents."""
         tags = ["hard" if self.hard else "core"]
+        tags += ["foreign_values"] if self.foreign_values else []
         tags += ["heldout_values"] if self.heldout_values else []
         tags += ["heldout_wordings"] if self.heldout_wordings else []
         return tuple(tags)
@@ -157,7 +160,40 @@ def generate_document(
         items=items,
         streams=streams,
     )
+    if options.foreign_values:
+        avoid = fact_values(generate_document(split, index, options, with_notes=False)) if values_variant else {}
+        rng = _rng(f"{key}/foreign/{values_variant}")
+        document = with_foreign_values(document, rng, options.heldout_values, avoid)
     return annotate(document, subject, _rng(key + "/notes")) if with_notes else document
+
+
+def with_foreign_values(
+    document: Document,
+    rng: random.Random,
+    heldout_values: bool | None = None,
+    avoid: Mapping[str, str] | None = None,
+) -> Document:
+    """
+    The document with values of any type for every fact, all different, so that only the cue tells which is meant;
+    linked facts stay equal. Notes stay as they are.
+
+    Args:
+        document ([`Document`]): The document as generated.
+        rng (`random.Random`): Source of randomness.
+        heldout_values (`bool`, *optional*): Which values to draw, see [`WorldOptions`].
+        avoid (`Mapping[str, str]`, *optional*): By cue, a value that it must not get.
+    """
+    avoid = avoid or {}
+    roots = {span.cue: CUES[span.cue].source or span.cue for stream in document.streams for span in stream.spans}
+    values: dict[str, str] = {}
+    for root in sorted(set(roots.values())):
+        while values.get(root) in (None, avoid.get(root)) or list(values.values()).count(values[root]) > 1:
+            values[root] = rng.choice(values_of(rng.choice(list(CUES)), heldout_values))
+    streams = tuple(
+        stream.with_values({number: values[roots[span.cue]] for number, span in enumerate(stream.spans)})
+        for stream in document.streams
+    )
+    return replace(document, streams=streams)
 
 
 def fact_values(document: Document) -> dict[str, str]:

@@ -18,6 +18,7 @@ from trainer_pdt.data.worlds_lexicon import (
     CUES,
     DOMAINS,
     GIVEN_NAMES,
+    NUM_HELDOUT_VALUES,
     PERSON,
     POOLS,
     SURNAMES,
@@ -27,6 +28,8 @@ from trainer_pdt.data.worlds_lexicon import (
 )
 from trainer_pdt.data.worlds_notes import CORRUPTIONS, corrupt
 from trainer_pdt.data.worlds_parser import parse_section
+
+HELDOUT = {word for pool in (*POOLS.values(), GIVEN_NAMES, SURNAMES) for word in pool[-NUM_HELDOUT_VALUES:]}
 
 KINDS = [
     {},
@@ -46,6 +49,40 @@ def make_document(split: str, index: int, **options):
 def documents(count: int, split: str = "train", **options):
     """The first documents of a split; each is made once for all tests."""
     return [make_document(split, index, **options) for index in range(count)]
+
+
+def test_foreign_values_leave_only_the_cue_to_tell_facts_apart():
+    typed = stated = 0
+    for hard in (False, True):
+        for document in documents(40, hard=hard, foreign_values=True):
+            assert "foreign_values" in document.split_tags and parse_all(document) == stated_all(document)
+            values = {}
+            for stream in document.streams:
+                for span in stream.spans:
+                    values.setdefault(CUES[span.cue].source or span.cue, set()).add(span.value)
+                    typed += span.value in values_of(span.cue)
+                    stated += 1
+                    assert HELDOUT.isdisjoint(span.value.split())
+            assert all(len(said) == 1 for said in values.values())
+            assert len(set.union(*values.values())) == len(values)
+            for stream in document.streams:
+                assert {fact.object for fact in stream.notes.facts} == {span.value for span in stream.spans}
+    assert typed < 0.15 * stated
+
+
+def test_a_foreign_twin_has_another_value_for_every_fact():
+    for index in range(20):
+        options = WorldOptions(foreign_values=True)
+        pair = [fact_values(generate_document("train", index, options, values_variant=twin)) for twin in (0, 1)]
+        assert pair[0].keys() == pair[1].keys() and all(pair[0][cue] != pair[1][cue] for cue in pair[0])
+
+
+def stated_all(document):
+    return [[(span.cue, span.value) for span in stream.spans] for stream in document.streams]
+
+
+def parse_all(document):
+    return [[(mention.cue, mention.value) for mention in parse_section(stream.text)] for stream in document.streams]
 
 
 def test_lexicon_is_consistent():
