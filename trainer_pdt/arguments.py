@@ -30,9 +30,9 @@ class PDTTrainingArguments(TrainingArguments):
     Args:
         gate_lr_scale (`float`, *optional*, defaults to 10.0): Learning rate of the SNC gates relative to the rest.
         sibling_weight (`float`, *optional*, defaults to 5.0): Weight of sibling-fact tokens in `lm_ce`, `kd`, `notes`.
-        other_weight (`float`, *optional*, defaults to 1.0): Weight there of all other tokens. 0: adapters learn from
-            repeated facts alone and `keep_close` holds the rest; else they also learn which words their training
-            documents choose, and state others less.
+        other_weight (`float`, *optional*, defaults to 1.0): Weight of all other tokens in `lm_ce` and `notes`. 0:
+            adapters learn from repeated facts alone, `keep_close` holds the rest; else they also learn which words
+            their training documents choose, and state others less.
         teacher_kind (`str`, *optional*, defaults to `"notes"`): Target of `kd`: the branch with true notes and live
             weights (`"notes"`) or their moving average (`"ema"`; aim of `kd_plan`, `spec` and `spec_kl` too), the
             trunk that reads the siblings' text (`"text"`), or the trunk alone (`"trunk"`, not on repeated facts).
@@ -75,7 +75,7 @@ class PDTTrainingArguments(TrainingArguments):
 
     gate_lr_scale: float = field(default=10.0, metadata={"help": "Learning rate of the gates over the rest's."})
     sibling_weight: float = field(default=5.0, metadata={"help": "Weight of sibling-fact tokens in token losses."})
-    other_weight: float = field(default=1.0, metadata={"help": "Weight of all other tokens in token losses."})
+    other_weight: float = field(default=1.0, metadata={"help": "Weight of all other tokens in lm_ce and notes."})
     teacher_kind: str = field(
         default="notes",
         metadata={"help": "Target of kd: true notes, averaged weights, text, or trunk.", "choices": TEACHER_KINDS},

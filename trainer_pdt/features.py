@@ -347,8 +347,8 @@ class WorldFeatures(Dataset):
         options ([`WorldOptions`]): Kind of the core documents; its `hard` is overruled by `hard_fraction`.
         hard_fraction (`float`, *optional*, defaults to 0.0): Share of documents with several facts of one type, spread
             evenly.
-        foreign_fraction (`float`, *optional*, defaults to 0.0): Share of the core and of the hard documents with values
-            of any type, spread evenly.
+        foreign_fraction (`float`, *optional*, defaults to 0.0): Share of core and of hard documents with values of any
+            type, spread evenly.
     """
 
     def __init__(

@@ -67,7 +67,9 @@ def _token_parts(branches: BranchOutputs, stage: Stage, arguments: PDTTrainingAr
     return {
         "lm_ce": lambda: weighted_mean(student["ce"], targets.weights_M),
         "block_start": lambda: block_start_ce(
-            student["ce"], targets.offsets_M.masked_fill(targets.weights_M == 0, -1), arguments.block_start_tokens
+            student["ce"],
+            targets.offsets_M.masked_fill(targets.sibling_M & (targets.weights_M == 0), -1),
+            arguments.block_start_tokens,
         ),
         "keep_close": lambda: masked_mean(student["trunk"], elsewhere_M),
         "kd": lambda: weighted_mean(student["aim"], _kd_weights(targets, arguments)),
@@ -94,7 +96,7 @@ def _kd_weights(targets: Targets, arguments: PDTTrainingArguments) -> Tensor:
     of the siblings: such tokens do not count.
     """
     known = targets.feasible_M if arguments.teacher_kind != "trunk" else torch.zeros_like(targets.feasible_M)
-    return targets.weights_M.masked_fill(targets.sibling_M & ~known, 0.0)
+    return torch.where(targets.sibling_M, targets.weights_M * known, 1.0)
 
 
 def _needs_notes(branches: BranchOutputs, arguments: PDTTrainingArguments) -> Tensor:

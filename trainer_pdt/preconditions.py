@@ -10,6 +10,9 @@ from modeling_pdt.hub_layout import quantizer_of
 from .curriculum import Curriculum
 from .sharding import is_trunk_sharded
 
+DOCUMENTS_WITH_REPEATS = 200
+"""Documents among which one has to repeat a fact, if only repeated facts teach."""
+
 
 def check_model(model: PDTForParallelDecoding, curriculum: Curriculum) -> None:
     """
@@ -28,6 +31,29 @@ def check_model(model: PDTForParallelDecoding, curriculum: Curriculum) -> None:
     unread = [stage.name for stage in curriculum.stages if stage.is_active("plan_snapshot")]
     if unread and not model.config.plan_on_bus:
         raise ValueError(f"stages[{unread[0]}].losses.plan_snapshot needs a model with plan_on_bus=True, got False.")
+
+
+def check_repeats(other_weight: float, curriculum: Curriculum, dataset: Any) -> None:
+    """
+    Refuses `other_weight=0` where no document repeats a fact: nothing would be learnt.
+
+    Args:
+        other_weight (`float`): Weight of tokens that are no repeated facts.
+        curriculum ([`Curriculum`]): The stages.
+        dataset: Of training; its first documents are read.
+    """
+    if other_weight > 0 or not any(
+        stage.is_active("lm_ce") or stage.is_active("notes") for stage in curriculum.stages
+    ):
+        return
+    looked_at = min(len(dataset), DOCUMENTS_WITH_REPEATS)
+    for index in range(looked_at):
+        if any(token >= 0 for tokens in dataset[index]["clean"]["source_token"] for token in tokens):
+            return
+    raise ValueError(
+        f"other_weight={other_weight}, allowed where none of the first {looked_at} documents repeats a sibling's "
+        "fact: a number above 0."
+    )
 
 
 def check_own_text(curriculum: Curriculum, dataset: Any, accelerator: Accelerator) -> bool:

@@ -1,4 +1,4 @@
-"""Sizes, mixture and loss of a tiny trunk that is pretrained on the procedural worlds; see `trunk_corpus` for its text."""
+"""Sizes, mixture and loss of a tiny trunk that is pretrained on procedural worlds; its text is in `trunk_corpus`."""
 
 from dataclasses import dataclass
 from typing import Any

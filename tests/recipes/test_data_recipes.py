@@ -87,7 +87,8 @@ def test_training_starts_on_documents_that_are_installed(tmp_path):
     streams = [len(row["streams"]) for row in load_published(str(tmp_path / "build" / "dataset"))["train"]]
     assert len(streams) >= 50 and {2, 3} <= set(streams)
     stage = {"name": "bus", "until": 6, "train": ["snc", "writer"], "losses": {"lm_ce": 1.0}}
-    options = ["--dataset_path", str(tmp_path / "build" / "dataset"), "--hard_fraction", "null"]
+    options = ["--dataset_path", str(tmp_path / "build" / "dataset")]
+    options += ["--hard_fraction", "null", "--foreign_fraction", "null", "--other_weight", "1"]
     options += ["--max_row_tokens", "4096", "--stages", json.dumps([stage])]
     options += ["--per_device_train_batch_size", "2", "--eval_documents", "4"]
     done = run_training(tmp_path / "run", *options)

@@ -9,11 +9,21 @@ from tests.tiny_training import make_features, make_maker, tokenizer, value_pool
 from trainer_pdt.data.notes import source_of
 from trainer_pdt.data.publish import documents_to_dataset
 from trainer_pdt.data.worlds import WorldOptions, generate_document, generate_documents
-from trainer_pdt.features import plant_contradictions
+from trainer_pdt.features import WorldFeatures, plant_contradictions
 from trainer_pdt.render import render_prompt
 from trainer_pdt.variants import FACT_FORMAT
 
 DOCUMENTS = list(generate_documents("train", 0, 40)) + list(generate_documents("train", 0, 10, hard=True))
+
+
+def test_shares_of_kinds_are_spread_and_cross():
+    dataset = WorldFeatures("train", 40, make_maker(), WorldOptions(), hard_fraction=0.5, foreign_fraction=0.25)
+    tags = [dataset.document(index).split_tags for index in range(len(dataset))]
+    for start in range(0, 40, 8):
+        part = tags[start : start + 8]
+        assert sum("hard" in tag for tag in part) == 4 and sum("foreign_values" in tag for tag in part) == 2
+        assert sum("hard" in tag and "foreign_values" in tag for tag in part) == 1
+    assert dataset.document(0) == generate_document("train", 0, WorldOptions())
 
 
 def decode(ids):

@@ -84,10 +84,15 @@ COUNTED = {
 """Weight of each token in each loss: the second reads a swapped note, the third repeats what no note can have told."""
 
 
-def four_tokens(logits):
+ALONE = torch.tensor([5.0, 0.0, 0.0, 0.0])
+COUNTED_ALONE = {**COUNTED, "lm_ce": ALONE, "notes": ALONE, "block_start": torch.tensor([1.0, 0.0, 0.0, 0.0])}
+"""The same with `other_weight=0`."""
+
+
+def four_tokens(logits, weights=WEIGHTS):
     """Passes over four tokens with given logits of the student, and of the passes that learn beside it."""
     made = ChunkedLogits(logits, torch.nn.Identity(), 3, remade=False)
-    targets = Targets(torch.zeros(4).long(), torch.tensor([0, 1, 2, 9]), SIBLING, FEASIBLE, WEIGHTS)
+    targets = Targets(torch.zeros(4).long(), torch.tensor([0, 1, 2, 9]), SIBLING, FEASIBLE, weights)
     teacher = torch.stack([torch.zeros(4), torch.tensor([0.3, 1.0, 2.0, 3.0])], dim=1)
     return BranchOutputs(
         PDTOutput(logits=made),
@@ -101,10 +106,11 @@ def four_tokens(logits):
     )
 
 
+@pytest.mark.parametrize(("weights", "counted"), [(WEIGHTS, COUNTED), (ALONE, COUNTED_ALONE)], ids=["all", "alone"])
 @pytest.mark.parametrize("loss", COUNTED)
-def test_a_loss_is_the_mean_over_its_tokens(tmp_path, loss):
+def test_a_loss_is_the_mean_over_its_tokens(tmp_path, loss, weights, counted):
     logits = torch.zeros(4, 2, requires_grad=True)
-    branches, temperature = four_tokens(logits), 2.0
+    branches, temperature = four_tokens(logits, weights), 2.0
     inputs = {"input_ids": torch.zeros(1, 1), "item_ids": torch.zeros(1, 1, 1)}
     arguments = make_arguments(tmp_path, kd_temperature=temperature, block_start_tokens=4)
     value = loss_parts(branches, inputs, Stage("a", 1, ("snc",), {loss: 1.0}), arguments)[loss]
@@ -115,9 +121,9 @@ def test_a_loss_is_the_mean_over_its_tokens(tmp_path, loss):
         "stab": token_kl(logits, branches.stale, temperature),
         "plan_snapshot": token_kl(logits + torch.tensor([0.0, 1.0]), logits),
     }.get(loss, token_ce(logits, branches.targets.tokens_M))
-    expected = (values * COUNTED[loss]).sum() / COUNTED[loss].sum()
+    expected = (values * counted[loss]).sum() / counted[loss].sum()
     if loss == "use":
         expected = expected + arguments.usage_margin
     torch.testing.assert_close(value, expected)
     value.backward()
-    assert ((logits.grad.abs().sum(dim=1) > 0) == (COUNTED[loss] > 0)).all()
+    assert ((logits.grad.abs().sum(dim=1) > 0) == (counted[loss] > 0)).all()

@@ -107,7 +107,8 @@ def test_two_processes_make_the_same_features(built):
 @pytest.mark.slow
 def test_the_training_recipe_runs_on_it(built, tmp_path):
     stage = {"name": "bus", "until": 6, "train": ["snc", "writer"], "losses": {"lm_ce": 1.0}}
-    options = ["--dataset_path", str(built / "dataset"), "--hard_fraction", "null", "--stages", json.dumps([stage])]
+    worlds = ["--hard_fraction", "null", "--foreign_fraction", "null"]
+    options = ["--dataset_path", str(built / "dataset"), *worlds, "--stages", json.dumps([stage])]
     done = run_training(tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
