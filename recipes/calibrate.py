@@ -6,12 +6,13 @@ for a model of the Hub into `output_folder`. Evaluation does the same on its way
 
 import logging
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from trainer_pdt.calibration import save_calibration
-from trainer_pdt.evaluation.arguments import EvaluationArguments
+from trainer_pdt.evaluation.arguments import CalibrationArguments, EvaluationArguments
 from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.loading import load_trained
 from trainer_pdt.parser import RecipeParser
@@ -19,12 +20,12 @@ from trainer_pdt.parser import RecipeParser
 
 def main(args: list[str] | None = None) -> dict:
     """Calibrates and returns both reports."""
-    (arguments,) = RecipeParser(EvaluationArguments).parse(args)
+    (arguments,) = RecipeParser(CalibrationArguments).parse(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load_trained(arguments.model, arguments.revision, arguments.trunk_revision)
     model.check_conditioning()
-    evaluation = Evaluation(model, tokenizer, arguments)
+    evaluation = Evaluation(model, tokenizer, EvaluationArguments(**asdict(arguments)))
     with closing(evaluation.writers):
         calibration = evaluation.calibration()
     folder = arguments.model if Path(arguments.model).is_dir() else arguments.output_folder

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from modeling_pdt import PDTForParallelDecoding
 from recipes import calibrate
 from tests.tiny_training import make_model, tokenizer
@@ -39,3 +41,8 @@ def test_thresholds_reach_the_next_load(tmp_path, monkeypatch):
         )
         assert written["rule"] and len(written["roc_points"]) == 49
     assert not (tmp_path / "build").exists()
+
+
+def test_options_of_an_evaluation_alone_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="core_documents"):
+        calibrate.main(["--model", str(tmp_path), "--core_documents", "4"])

@@ -30,24 +30,54 @@ CURVE_FACTORS = ("bus_lag", "num_streams", "block_size", "bus_capacity", "agreem
 
 
 @dataclass
-class EvaluationArguments:
+class CalibrationArguments:
     """
-    What to evaluate, and on how much.
+    Whose thresholds to set, and on how much.
 
     Args:
         model (`str`): Folder or Hub repository of the adapters.
         revision (`str`, *optional*): Branch, tag or commit of that repository.
         trunk_revision (`str`, *optional*): Of the trunk on the Hub; missing = the commit that the model names.
-        output_folder (`str`): Receives `evaluation.json` and, for statistics over several runs, `documents.json`.
-        core_documents, hard_documents (`int`): Held-out documents per kind.
-        calibration_documents (`int`): Validation documents on which the agreement threshold is set.
-        speed_documents (`int`): Documents of the wall-clock comparisons.
+        output_folder (`str`): Receives what is not written into the model's own folder.
+        calibration_documents (`int`): Validation documents on which thresholds are set.
         decode_batch (`int`): Documents per decoding call.
         eval_seed (`int`): Seed of sampling.
-        control_factor (`int`): How many times as many documents the controls get (no bus, notes zeroed, gate 0, notes
-            swapped): their bars are on the upper end of an interval, which narrows with the number of documents.
         threads (`int`): CPU threads.
         workers (`int`): Processes that write documents and share the threads; 1 = this one.
+    """
+
+    model: str = field(default="build/demo/model", metadata={"help": "Folder or repository of the adapters."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's repository."})
+    trunk_revision: str | None = field(
+        default=None, metadata={"help": "Of the trunk on the Hub; missing = the commit that the model names."}
+    )
+    output_folder: str = field(default="build/demo", metadata={"help": "Receives evaluation.json."})
+    calibration_documents: int = field(default=96, metadata={"help": "Validation documents for calibration."})
+    decode_batch: int = field(default=32, metadata={"help": "Documents per decoding call."})
+    eval_seed: int = field(default=0, metadata={"help": "Seed of sampling."})
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    workers: int = field(default=1, metadata={"help": "Processes that write documents and share the threads."})
+
+    def __post_init__(self) -> None:
+        self._check_least({"calibration_documents": 2, "decode_batch": 2, "threads": 1, "workers": 1})
+
+    def _check_least(self, least: dict[str, int]) -> None:
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
+
+
+@dataclass
+class EvaluationArguments(CalibrationArguments):
+    """
+    What to evaluate, and on how much. `output_folder` receives `evaluation.json` and, for statistics over several
+    runs, `documents.json`.
+
+    Args:
+        core_documents, hard_documents (`int`): Held-out documents per kind.
+        speed_documents (`int`): Documents of the wall-clock comparisons.
+        control_factor (`int`): How many times as many documents the controls get (no bus, notes zeroed, gate 0, notes
+            swapped): their bars are on the upper end of an interval, which narrows with the number of documents.
         training_report (`str`, *optional*): `training_report.json` of the run, quoted in the settings.
         nli_scorer (`str`, *optional*): Judges whether sections contradict each other: `"worlds"`, or folder or Hub id
             of a classifier, see `trainer_pdt.nli`; missing = not judged, and `"worlds"` in the full suite.
@@ -66,21 +96,10 @@ class EvaluationArguments:
             arguments and the same adapters has finished in `output_folder`.
     """
 
-    model: str = field(default="build/demo/model", metadata={"help": "Folder or repository of the adapters."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model's repository."})
-    trunk_revision: str | None = field(
-        default=None, metadata={"help": "Of the trunk on the Hub; missing = the commit that the model names."}
-    )
-    output_folder: str = field(default="build/demo", metadata={"help": "Receives evaluation.json."})
     core_documents: int = field(default=128, metadata={"help": "Held-out core documents."})
     hard_documents: int = field(default=48, metadata={"help": "Held-out hard documents."})
-    calibration_documents: int = field(default=96, metadata={"help": "Validation documents for calibration."})
     speed_documents: int = field(default=25, metadata={"help": "Documents of the wall-clock comparisons."})
-    decode_batch: int = field(default=32, metadata={"help": "Documents per decoding call."})
-    eval_seed: int = field(default=0, metadata={"help": "Seed of sampling."})
     control_factor: int = field(default=2, metadata={"help": "Documents of the controls, times as many."})
-    threads: int = field(default=2, metadata={"help": "CPU threads."})
-    workers: int = field(default=1, metadata={"help": "Processes that write documents and share the threads."})
     training_report: str | None = field(default=None, metadata={"help": "training_report.json of the run."})
     nli_scorer: str | None = field(default=None, metadata={"help": "Scorer of contradictions: worlds, or a model."})
     judge: dict[str, Any] = field(default_factory=dict, metadata={"help": "Fields of a judge of answers."})
@@ -99,14 +118,9 @@ class EvaluationArguments:
     resume: bool = field(default=False, metadata={"help": "Keep the sections that are finished."})
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("core_documents", "calibration_documents", "speed_documents", "decode_batch"), 2)
-        for name, bound in {
-            **least,
-            **dict.fromkeys(("control_factor", "threads", "workers", "judge_documents"), 1),
-            "hard_documents": 0,
-        }.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}.")
+        super().__post_init__()
+        ones = dict.fromkeys(("control_factor", "judge_documents"), 1)
+        self._check_least({"core_documents": 2, "hard_documents": 0, "speed_documents": 2, **ones})
         if self.bert_score:
             check_bert_score(self.bert_score)
         self.make_judge()
