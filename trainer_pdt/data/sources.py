@@ -21,7 +21,7 @@ from .original import ORIGINAL_VERSION, original_document, read_kd, read_parquet
 from .splits import SPLITS
 from .storage import Reject, file_digest, read_parquet
 from .teachers import SourceDocument
-from .worlds_teacher import WORLDS_VERSION, world_sources
+from .worlds_teacher import WorldsSource
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,119}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:-]+")
@@ -122,33 +122,6 @@ def safe_id(raw: str | None, place: str) -> str:
         return raw
     digest = hashlib.sha256(raw.encode()).hexdigest()[:12]
     return f"{_UNSAFE.sub('-', raw[:80]).strip('-._:') or 'id'}-{digest}"
-
-
-@dataclass(frozen=True)
-class WorldsSource:
-    """
-    Procedural documents.
-
-    Args:
-        count (`int`): Number of documents.
-        world_split (`str`, *optional*, defaults to `"train"`), start (`int`, *optional*): Which documents.
-        options (`dict`): Of `WorldOptions`: `num_streams`, `hard`, `heldout_values`, `heldout_wordings`, `seed`.
-        split (`str`, *optional*): Split that the documents go to; drawn when missing.
-    """
-
-    count: int
-    world_split: str = "train"
-    start: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
-    split: str | None = None
-
-    def fingerprint(self) -> Mapping[str, Any]:
-        """The call."""
-        return {**asdict(self), "version": WORLDS_VERSION}
-
-    def rows(self, max_bytes: int, cache: Path) -> Iterator[Row]:
-        """The documents."""
-        return world_sources(self.count, self.world_split, self.start, split=self.split, **self.options)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from .schema import Document
 from .teachers import SECTION_SEPARATOR, Plan, Rejection, SectionNotes, SourceDocument, StreamPlan, TeacherStage
-from .worlds import WorldOptions, generate_document
+from .worlds import SPLITS, WorldOptions, generate_document
 
 WORLDS_VERSION = 1
 """Raised when the worlds write other documents for the same call."""
@@ -30,6 +31,48 @@ def world_sources(
             provenance=json.dumps({"world_split": world_split, "index": index, **asdict(kind)}),
             tags=document.split_tags,
         )
+
+
+@dataclass(frozen=True)
+class WorldsSource:
+    """
+    Procedural documents.
+
+    Args:
+        count (`int`): Number of documents.
+        world_split (`str`, *optional*, defaults to `"train"`), start (`int`, *optional*): Which documents.
+        options (`dict`): Of `WorldOptions`: `num_streams`, `hard`, `foreign_values`, `heldout_values`,
+            `heldout_wordings`, `seed`.
+        split (`str`, *optional*): Split that the documents go to; drawn when missing.
+    """
+
+    count: int
+    world_split: str = "train"
+    start: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 1), ("start", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"`{name}` of a worlds source is {value!r}, must be an int of at least {least}.")
+        if self.world_split not in SPLITS:
+            allowed = ", ".join(SPLITS)
+            raise ValueError(f"`world_split` of a worlds source is {self.world_split!r}, must be one of {allowed}.")
+        known = [option.name for option in fields(WorldOptions)]
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            raise ValueError(f"`options` of a worlds source has the unknown keys {unknown}, must be some of {known}.")
+        WorldOptions(**self.options)
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """The call."""
+        return {**asdict(self), "version": WORLDS_VERSION}
+
+    def rows(self, max_bytes: int, cache: Path) -> Iterator[SourceDocument]:
+        """The documents."""
+        return world_sources(self.count, self.world_split, self.start, split=self.split, **self.options)
 
 
 class ProceduralTeacher:

@@ -229,6 +229,11 @@ def test_rows_of_known_datasets(tmp_path, row, columns, wanted):
     [
         ({"kind": "ftp"}, "`kind` of a source is 'ftp', must be one of worlds"),
         ({"kind": "worlds", "cuont": 3}, "source of kind 'worlds'.*cuont"),
+        ({"kind": "worlds", "count": -3}, "`count` of a worlds source is -3, must be an int of at least 1"),
+        ({"kind": "worlds", "count": 3, "start": -1}, "`start` of a worlds source is -1"),
+        ({"kind": "worlds", "count": 3, "world_split": "dev"}, "`world_split` of a worlds source is 'dev', must be"),
+        ({"kind": "worlds", "count": 3, "options": {"easy": True}}, r"unknown keys \['easy'\], must be some of"),
+        ({"kind": "worlds", "count": 3, "options": {"num_streams": 9}}, "`num_streams` is 9, must be 2 to 6"),
         ({"kind": "worlds", "count": 3, "split": "dev"}, "`split` of a source is 'dev'"),
         ({"kind": "jsonl", "files": ["x"], "name": "n", "columns": {"body": "b"}}, r"unknown keys \['body'\]"),
         ({"kind": "jsonl", "files": ["x"], "name": "n", "columns": {"id": "b"}}, "neither `text` nor `sections`"),
