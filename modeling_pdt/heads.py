@@ -93,11 +93,14 @@ class CoverageHead(nn.Module):
     """
     Has this stream's text so far covered a plan item? Cross-attention from the item's vector to the stream's states.
 
+    An item is a pooled state of its text, so attention starts in trunk space: an item looks for the words it is made of.
+
     Args:
         width (`int`), notes_dim (`int`), num_heads (`int`): D, N and H.
+        projection_ND (`torch.Tensor` of shape `[N, D]`): Orthonormal rows that map states to items.
     """
 
-    def __init__(self, width: int, notes_dim: int, num_heads: int) -> None:
+    def __init__(self, width: int, notes_dim: int, num_heads: int, projection_ND: torch.Tensor) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, width // num_heads
         self.norm = RMSNorm(width)
@@ -106,6 +109,9 @@ class CoverageHead(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.mix = nn.Linear(3 * width, width)
         self.score = nn.Linear(width, 1)
+        with torch.no_grad():
+            self.query.weight.copy_(projection_ND.T)
+            self.key.weight.copy_(torch.eye(width))
 
     def forward(self, states_RTD: torch.Tensor, upto_RVT: torch.Tensor, items_RPN: torch.Tensor) -> torch.Tensor:
         """
@@ -250,7 +256,7 @@ class PDTHeads(nn.Module):
         self.encoder = NotesPooler(width, config.notes_per_block, notes_dim, projection)
         self.item_encoder = NotesPooler(width, 1, notes_dim, projection, placed=False)
         self.planner = PlannerHead(width, config)
-        self.coverage = CoverageHead(width, notes_dim, config.snc_heads)
+        self.coverage = CoverageHead(width, notes_dim, config.snc_heads, projection)
         self.agreement = AgreementHead(width, config)
         self.stream = StreamHead(width, config.num_streams)
 

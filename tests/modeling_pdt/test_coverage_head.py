@@ -3,6 +3,7 @@
 import torch
 
 from modeling_pdt.heads import CoverageHead
+from modeling_pdt.snc import orthogonal_rows
 
 
 def by_equations(head, states_TD, upto_T, item_N):
@@ -20,7 +21,7 @@ def by_equations(head, states_TD, upto_T, item_N):
 
 
 def test_coverage_is_what_the_equations_say_for_every_round_and_item():
-    head = CoverageHead(12, 6, 3)
+    head = CoverageHead(12, 6, 3, orthogonal_rows(6, 12))
     states, items = torch.randn(2, 7, 12), torch.randn(2, 5, 6)
     upto = torch.arange(7)[None, None] < torch.tensor([[2, 5, 7], [0, 1, 6]])[..., None]
     found = head(states, upto, items)
@@ -32,3 +33,12 @@ def test_coverage_is_what_the_equations_say_for_every_round_and_item():
                 torch.testing.assert_close(found[row, number, item], expected, atol=1e-6, rtol=1e-5)
     found.sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in head.parameters())
+
+
+def test_an_item_looks_for_the_words_it_is_made_of_from_the_start():
+    for notes_dim in (48, 24):
+        projection = orthogonal_rows(notes_dim, 48)
+        head = CoverageHead(48, notes_dim, 3, projection)
+        states = head.norm(torch.randn(30, 48))
+        scores = (head.query(states @ projection.T) - head.query.bias) @ head.key(states).T
+        assert (scores.argmax(dim=1) == torch.arange(30)).all()
