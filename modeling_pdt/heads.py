@@ -93,7 +93,8 @@ class CoverageHead(nn.Module):
     """
     Has this stream's text so far covered a plan item? Cross-attention from the item's vector to the stream's states.
 
-    An item is a pooled state of its text, so attention starts in trunk space: an item looks for the words it is made of.
+    An item is a pooled state of its text. So attention starts in trunk space: an item looks for the words it is made
+    of.
 
     Args:
         width (`int`), notes_dim (`int`), num_heads (`int`): D, N and H.
