@@ -56,8 +56,8 @@ def test_rounds_are_kept_by_the_attention_that_they_got():
 def test_the_gate_is_clamped_while_the_best_covered_item_changes():
     guard = {"window": 2, "max_switches": 0, "clamp": 4.0}
     choices = Choices(max_new_tokens=8, block_size=2, agreement_threshold=0.6, flicker_guard=guard)
-    items = [[("5 6", None), ("9 3", 0), ("30 31 32", 1)]]
-    case = Case("gpt_oss", choices, [[5, 6, 7]], [0], [["4 5", ""]], items=items)
+    items = [[("57 27", None), ("51 59", 0), ("29 5 19", 1)]]
+    case = Case("gpt_oss", choices, [[5, 6, 7]], [0], [["35 34", ""]], items=items)
     assert differences(case, case.reference()) == []
     commits = case.decode().trace.of_kind("commit")
     assert {event["switches"] for event in commits if event["flickers"]} == {1}
