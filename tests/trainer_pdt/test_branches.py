@@ -100,6 +100,14 @@ def test_every_loss_moves_exactly_its_groups(model, batch, tmp_path, loss):
     assert all(parameter.grad is None for name, parameter in model.peft.named_parameters() if "pdt_" not in name)
 
 
+def test_weights_of_the_arguments_reach_the_targets(model, batch, tmp_path):
+    chosen = {"sibling_weight": 3.0, "other_weight": 0.0}
+    targets = branches_of(model, batch["corrupted"], stage(["lm_ce"]), tmp_path, **chosen)[0].targets
+    assert 0 < targets.feasible_M.sum() < targets.feasible_M.numel()
+    assert not targets.weights_M[~targets.feasible_M].any()
+    assert set(targets.weights_M[targets.feasible_M].tolist()) <= {0.0, 3.0} and targets.weights_M.any()
+
+
 def test_no_pass_without_its_loss(model, batch, tmp_path, monkeypatch):
     calls = []
     forward = model.forward

@@ -6,10 +6,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_training import make_features, make_maker, tokenizer, value_pool
+from trainer_pdt.arguments import DataArguments
 from trainer_pdt.data.notes import source_of
 from trainer_pdt.data.publish import documents_to_dataset
 from trainer_pdt.data.worlds import WorldOptions, generate_document, generate_documents
-from trainer_pdt.features import WorldFeatures, plant_contradictions
+from trainer_pdt.features import WorldFeatures, load_features, plant_contradictions
 from trainer_pdt.render import render_prompt
 from trainer_pdt.variants import FACT_FORMAT
 
@@ -24,6 +25,13 @@ def test_shares_of_kinds_are_spread_and_cross():
         assert sum("hard" in tag for tag in part) == 4 and sum("foreign_values" in tag for tag in part) == 2
         assert sum("hard" in tag and "foreign_values" in tag for tag in part) == 1
     assert dataset.document(0) == generate_document("train", 0, WorldOptions())
+
+
+def test_foreign_values_are_for_training_alone():
+    data = DataArguments(train_documents=10, eval_documents=10, foreign_fraction=0.5)
+    train, validation = load_features(data, make_maker(), seed=0)
+    assert sum("foreign_values" in train.document(index).split_tags for index in range(10)) == 5
+    assert not any("foreign_values" in validation.document(index).split_tags for index in range(10))
 
 
 def decode(ids):
