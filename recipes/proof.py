@@ -1,5 +1,8 @@
 """Makes the proof: every trunk, training, ablation and evaluation of one list, each once, and the report over seeds.
 
+What a piece measured is also kept beside the report, in `pieces/`: with those files another machine goes on where this
+one stopped, and writes the report without making anything.
+
 python recipes/proof.py --config recipes/tiny/proof.yaml                  # all; goes on where an earlier call stopped
 python recipes/proof.py --config recipes/tiny/proof.yaml --minutes 150    # what fits, at least one piece
 python recipes/proof.py --config recipes/tiny/proof.yaml --report_only    # the report of what is there
@@ -15,8 +18,9 @@ from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArgum
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.proof import ProofArguments, expected_minutes, jobs_of, plan_pieces, ready_pieces
 from trainer_pdt.evaluation.proof_report import write_proof_report
+from trainer_pdt.evaluation.records import keep_records, restore_records
 from trainer_pdt.parser import RecipeParser
-from trainer_pdt.runs import EVALUATE, TRAIN, Run, perform_all
+from trainer_pdt.runs import EVALUATE, RESULT_FILE, TRAIN, Run, perform_all
 from trainer_pdt.telemetry import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +41,8 @@ def make_pieces(runs: Sequence[Run], arguments: ProofArguments) -> list[str]:
     while ready := ready_pieces(runs, arguments.cores, left, tried):
         if tried and left is not None and ready[0].minutes > left:
             break
+        for run in ready:
+            (run.folder / RESULT_FILE).unlink(missing_ok=True)  # a model that is gone has to be made again
         said += perform_all(ready, jobs_of(ready, arguments.cores), ROOT, "proof", show)
         tried += ready
         if arguments.minutes is not None:
@@ -52,11 +58,15 @@ def main(args: Sequence[str] | None = None) -> None:
     for run in runs:
         if run.script in CHECKS:
             RecipeParser(*CHECKS[run.script]).parse_values(run.recipe)
+    folders = ROOT / arguments.output, (ROOT / arguments.report).with_suffix("") / "pieces"
+    if restored := restore_records(runs, *folders):
+        print(f"proof: {len(restored)} pieces are finished by their records in {folders[1]}", flush=True)
     for name, entry in pieces.items():
         done = sum(run.result() is not None for run in entry)
         expected = expected_minutes(entry, arguments.cores)
         print(f"proof: {name}: {done} of {len(entry)} done, about {expected:.0f} min left", flush=True)
     failed = [] if arguments.report_only else make_pieces(runs, arguments)
+    keep_records(runs, *folders)
     path = write_proof_report(arguments, pieces, ROOT, command_line())
     print(f"proof: wrote {path}" if path else f"proof: no report before a seed of {arguments.main} is evaluated")
     if failed:

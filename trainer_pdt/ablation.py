@@ -13,7 +13,7 @@ from .arguments import check_whole
 from .curriculum import Curriculum, check_choice
 from .evaluation.tables import Table, to_markdown
 from .parser import load_yaml
-from .runs import Run
+from .runs import Run, weights_of
 
 BASE, ALL_LOSSES = "base", "with_all_losses"
 HIGHER, LOWER = 1, -1
@@ -155,9 +155,11 @@ def plan_runs(arguments: AblationArguments, root: Path) -> list[Run]:
     runs = []
     for name in arguments.variants:
         recipe = case_recipe(arguments, Case.from_mapping(name, arguments.cases[name]), root)
+        weights = weights_of(recipe, root)
         for seed in arguments.seeds:
             folder = root / arguments.output / name / f"seed_{seed}"
-            runs.append(Run(name, seed, folder, {**recipe, "seed": seed, "output_dir": str(folder / "model")}))
+            seeded = {**recipe, "seed": seed, "output_dir": str(folder / "model")}
+            runs.append(Run(name, seed, folder, seeded, weights=weights))
     return runs
 
 

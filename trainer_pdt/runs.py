@@ -1,12 +1,13 @@
 """Runs of recipes as resumable pieces: what one is given, what it left, and whether that still holds."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Run:
         script (`str`, *optional*, defaults to `"recipes/train.py"`): What runs it.
         after (`tuple[Run]`, *optional*): Runs whose model it uses.
         minutes (`float`, *optional*, defaults to 0.0): Expected duration; 0 = not known.
+        weights (`str`, *optional*): Fingerprint of what it starts from, see [`weights_of`]; part of the settings.
     """
 
     case: str
@@ -47,11 +49,17 @@ class Run:
     script: str = TRAIN
     after: tuple["Run", ...] = ()
     minutes: float = 0.0
+    weights: str | None = None
 
     @property
     def model(self) -> Path:
         """The `output_dir` of a training."""
         return self.folder / "model"
+
+    @property
+    def has_model(self) -> bool:
+        """Whether others can use what it left; a training that was restored from its record has figures alone."""
+        return self.script == EVALUATE or any(self.model.glob("*.safetensors"))
 
     @property
     def threads(self) -> int:
@@ -64,6 +72,8 @@ class Run:
         settings = {key: value for key, value in self.recipe.items() if key not in PLACES}
         if self.after:
             settings["after"] = [run.mark for run in self.after]
+        if self.weights is not None:
+            settings["weights"] = self.weights
         return fingerprint(settings)
 
     def result(self) -> dict[str, Any] | None:
@@ -122,6 +132,12 @@ def perform(run: Run, root: Path) -> dict[str, Any]:
             subprocess.run(command, cwd=root, env=environment, check=True, **handles)
         result = run.measured(time.monotonic() - started)
         return read_json(write_json(run.folder / RESULT_FILE, result))
+
+
+def weights_of(recipe: Mapping[str, Any], root: Path) -> str | None:
+    """SHA-256 of the weights of the recipe's trunk, where that is a folder with one file of them."""
+    file = root / str(recipe.get("trunk")) / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def place_of(path: Path, root: Path) -> str:

@@ -1,6 +1,7 @@
 """recipes/proof.py: what it makes and in which order, pretended; and every kind of piece with tiny numbers."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ def proof(tmp_path, monkeypatch):
         options = read_json(command[-1])
         if name in proof.fails:
             raise subprocess.CalledProcessError(1, command)
+        if command[1] != runs.EVALUATE:
+            (folder / "model").mkdir(exist_ok=True)
+            (folder / "model/weights.safetensors").touch()
         if command[1] == runs.TRAIN:
             report = {"seconds_per_step": 1.0, "seconds": 8.0, "logs": [], "step": 4}
             for file, content in (
@@ -91,6 +95,36 @@ def test_report_only_makes_nothing(proof, tmp_path):
     (tmp_path / "report.md").unlink()
     proof.start("--report_only")
     assert proof.ran == [] and (tmp_path / "report.md").is_file()
+
+
+def test_records_finish_pieces_on_another_machine(proof, tmp_path, capsys):
+    proof.start()
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    records = {path: path.read_bytes() for path in (tmp_path / "report/pieces").rglob("*.gz")}
+    assert len(records) == len(ALL)
+    shutil.rmtree(tmp_path / "out")
+    proof.start()
+    assert proof.ran == [] and "9 pieces are finished by their records" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == report
+    assert {path: path.read_bytes() for path in records} == records
+
+
+def test_what_needs_weights_makes_them_again(proof, tmp_path):
+    proof.start()
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "report/pieces/second_evaluated/seed_1.json.gz").unlink()
+    proof.start()
+    assert proof.ran == ["trunk/seed_1", "second/seed_1", "second_evaluated/seed_1"]
+
+
+def test_a_record_of_other_settings_finishes_nothing(proof, tmp_path):
+    proof.start()
+    records = tmp_path / "report/pieces/trained_evaluated"
+    shutil.copy(records / "seed_1.json.gz", records / "seed_2.json.gz")
+    shutil.rmtree(tmp_path / "out/trained_evaluated/seed_2")
+    proof.start()
+    assert proof.ran == ["trained_evaluated/seed_2"]
 
 
 def test_a_recipe_that_cannot_run_is_refused_before_anything_is_made(proof, monkeypatch):

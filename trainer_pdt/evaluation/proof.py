@@ -9,7 +9,7 @@ from ..ablation import AblationArguments, plan_runs
 from ..arguments import check_whole
 from ..curriculum import check_choice, check_range
 from ..parser import RecipeParser, load_yaml
-from ..runs import EVALUATE, TRAIN, TRUNK, Run, place_of
+from ..runs import EVALUATE, TRAIN, TRUNK, Run, place_of, weights_of
 
 LONGEST_PIECE = 150
 """Minutes that one piece may take."""
@@ -148,8 +148,8 @@ def ready_pieces(runs: Sequence[Run], cores: int, minutes: float | None, failed:
         minutes (`float`, *optional*): Time that is left; the first piece is in the answer whatever it takes.
         failed (`Sequence[Run]`): Pieces that are not tried again.
     """
-    missing = [run for run in runs if run.result() is None and run not in failed]
-    able = [run for run in missing if all(before.result() is not None for before in run.after)]
+    missing = missing_pieces(runs)
+    able = [run for run in missing if run not in failed and not any(before in missing for before in run.after)]
     alike = [run for run in able if run.threads == able[0].threads]
     jobs, chosen = jobs_of(alike, cores), []
     for run in alike:
@@ -158,6 +158,16 @@ def ready_pieces(runs: Sequence[Run], cores: int, minutes: float | None, failed:
             break
         chosen.append(run)
     return chosen
+
+
+def missing_pieces(runs: Sequence[Run]) -> list[Run]:
+    """Pieces without a result, and those without a model that one of them uses, in the order of the list."""
+    missing: list[Run] = []
+    for run in reversed(runs):
+        used = any(run in other.after for other in missing)
+        if run.result() is None or (used and not run.has_model):
+            missing.append(run)
+    return missing[::-1]
 
 
 def jobs_of(runs: Sequence[Run], cores: int) -> int:
@@ -178,7 +188,9 @@ def _training(
     if before is not None:
         recipe["trunk"] = place_of(before.model, root)
     script = TRUNK if entry.kind == "trunk" else TRAIN
-    return Run(name, seed, folder, recipe, script, () if before is None else (before,), entry.minutes)
+    if before is not None:
+        return Run(name, seed, folder, recipe, script, (before,), entry.minutes)
+    return Run(name, seed, folder, recipe, script, (), entry.minutes, weights_of(recipe, root))
 
 
 def _ablations(entry: Entry, recipe: dict[str, Any], folder: str, root: Path) -> list[Run]:

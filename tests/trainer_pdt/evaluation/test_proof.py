@@ -50,6 +50,8 @@ def every(pieces):
 
 def finish(run, **values):
     write_json(run.folder / "result.json", {"settings": run.mark, "seconds": 90.0, "git": [], **values})
+    run.model.mkdir(exist_ok=True)
+    (run.model / "weights.safetensors").touch()
 
 
 def names(runs):
@@ -85,6 +87,14 @@ def test_a_change_repeats_what_it_concerns_and_what_uses_that(root):
     moved = {f"{run.case}/{run.seed}": run.mark for run in every(plan_pieces(make(output="elsewhere"), root))}
     # A training names the folder of its trunk.
     assert [name for name in after if after[name] != moved[name]] == ["other/1", "other_seen/1"]
+
+
+def test_other_weights_of_the_trunk_repeat_what_starts_from_them(root):
+    before = {f"{run.case}/{run.seed}": run.mark for run in every(plan_pieces(make(), root))}
+    (root / "shipped").mkdir()
+    (root / "shipped/model.safetensors").write_bytes(b"weights")
+    after = {f"{run.case}/{run.seed}": run.mark for run in every(plan_pieces(make(), root))}
+    assert [name for name in before if before[name] == after[name]] == ["trunk/1", "other/1", "other_seen/1"]
 
 
 def test_what_is_ready_has_its_models_and_the_same_threads(root):
