@@ -13,7 +13,7 @@ from trainer_pdt import PDTTrainingArguments
 from trainer_pdt.ablation import AblationArguments, compare, plan_runs, report_markdown
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
 from trainer_pdt.parser import RecipeParser
-from trainer_pdt.runs import perform_all
+from trainer_pdt.runs import missing_runs, perform_all
 from trainer_pdt.telemetry import command_line, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,12 @@ def main(args: Sequence[str] | None = None) -> None:
     for run in runs:
         checks.parse_values(run.recipe)
     if not arguments.report_only:
-        failed = perform_all(runs, arguments.jobs, ROOT, "ablate", show)
+        todo = len(missing_runs(runs, (), ()))
+        print(f"ablate: {len(runs) - todo} of {len(runs)} runs are kept, {todo} to do", flush=True)
+        failed = perform_all(
+            lambda going, failed: missing_runs(runs, going, failed)[: arguments.jobs - len(going)],
+            *(arguments.jobs, ROOT, "ablate", show),
+        )
     print(f"ablate: wrote {write_report(arguments)}")
     if failed:
         raise SystemExit("ablate: failed, the same command tries again:\n  " + "\n  ".join(failed))

@@ -16,7 +16,7 @@ from modeling_pdt import PDTAdapterConfig
 from trainer_pdt import PDTTrainingArguments
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
 from trainer_pdt.evaluation.arguments import EvaluationArguments
-from trainer_pdt.evaluation.proof import ProofArguments, expected_minutes, jobs_of, plan_pieces, ready_pieces
+from trainer_pdt.evaluation.proof import ProofArguments, expected_minutes, next_pieces, plan_pieces
 from trainer_pdt.evaluation.proof_report import write_proof_report
 from trainer_pdt.evaluation.records import keep_records, restore_records
 from trainer_pdt.parser import RecipeParser
@@ -36,18 +36,22 @@ def show(result: dict) -> str:
 
 
 def make_pieces(runs: Sequence[Run], arguments: ProofArguments) -> list[str]:
-    """Makes missing pieces while time is left, at least one; returns what failed, in words."""
-    started, tried, said, left = time.monotonic(), [], [], arguments.minutes
-    while ready := ready_pieces(runs, arguments.cores, left, tried):
-        if tried and left is not None and ready[0].minutes > left:
-            break
-        for run in ready:
-            (run.folder / RESULT_FILE).unlink(missing_ok=True)  # a model that is gone has to be made again
-        said += perform_all(ready, jobs_of(ready, arguments.cores), ROOT, "proof", show)
-        tried += ready
-        if arguments.minutes is not None:
-            left = arguments.minutes - (time.monotonic() - started) / 60
-    return said
+    """Makes missing pieces as cores come free, while time is left, at least one; returns what failed, in words."""
+    started, chosen = time.monotonic(), []
+
+    def choose(going: Sequence[Run], failed: Sequence[Run]) -> list[Run]:
+        left = arguments.minutes
+        if left is not None:
+            left -= (time.monotonic() - started) / 60
+        now = next_pieces(runs, going, arguments.cores, left, failed)
+        if not chosen and not now:
+            now = next_pieces(runs, going, arguments.cores, None, failed)[:1]
+        for run in now:
+            (run.folder / RESULT_FILE).unlink(missing_ok=True)  # a model that is gone is made again
+        chosen.extend(now)
+        return now
+
+    return perform_all(choose, arguments.cores, ROOT, "proof", show)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,35 +146,45 @@ def place_of(path: Path, root: Path) -> str:
 
 
 def perform_all(
-    runs: Sequence[Run], jobs: int, root: Path, name: str, show: Callable[[dict[str, Any]], str]
+    choose: Callable[[Sequence[Run], Sequence[Run]], Sequence[Run]],
+    jobs: int,
+    root: Path,
+    name: str,
+    show: Callable[[dict[str, Any]], str],
 ) -> list[str]:
     """
-    Performs what has no result yet, several at a time; returns what failed, in words.
+    Performs runs side by side, those that `choose` names whenever one has ended; returns what failed, in words.
 
     Args:
-        runs (`Sequence[Run]`): None of them after another.
-        jobs (`int`): Runs at a time.
+        choose (`Callable`): From the runs that are going and those that failed to the ones to start now; the end is
+            where none is going and none is named.
+        jobs (`int`): Runs at a time, at most.
         root (`Path`): Repository.
         name (`str`): Who speaks, first word of every line.
         show (`Callable`): What a line says of a result.
     """
-    started, failed = time.monotonic(), []
+    going: dict[Future[dict[str, Any]], Run] = {}
+    failed: dict[str, Run] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(perform, run, root): run for run in runs if run.result() is None}
-        print_line(f"{name}: {len(runs) - len(futures)} of {len(runs)} runs are kept, {len(futures)} to do")
-        try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                run, minutes = futures[future], (time.monotonic() - started) / 60
-                left = f"{done} of {len(futures)}, about {minutes / done * (len(futures) - done):.0f} min left"
+        while True:
+            for run in choose([*going.values()], [*failed.values()]):
+                print_line(f"{name}: starts {run.case}, seed {run.seed}")
+                going[pool.submit(perform, run, root)] = run
+            if not going:
+                return list(failed)
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                run = going.pop(future)
                 if error := future.exception():
-                    failed.append(f"{run.case}, seed {run.seed}: {error}; see {run.folder / LOG_FILE}")
-                    print_line(f"{name}: {left}: FAILED {failed[-1]}")
+                    line = f"{run.case}, seed {run.seed}: {error}; see {run.folder / LOG_FILE}"
+                    failed[line] = run
+                    print_line(f"{name}: FAILED {line}")
                 else:
-                    print_line(f"{name}: {left}: {run.case}, seed {run.seed}{show(future.result())}")
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return failed
+                    print_line(f"{name}: finished {run.case}, seed {run.seed}{show(future.result())}")
+
+
+def missing_runs(runs: Sequence[Run], going: Sequence[Run], failed: Sequence[Run]) -> list[Run]:
+    """Those without a result that are neither going nor failed."""
+    return [run for run in runs if run.result() is None and run not in going and run not in failed]
 
 
 def print_line(text: str) -> None:

@@ -138,25 +138,28 @@ def plan_pieces(arguments: ProofArguments, root: Path) -> dict[str, list[Run]]:
     return pieces
 
 
-def ready_pieces(runs: Sequence[Run], cores: int, minutes: float | None, failed: Sequence[Run]) -> list[Run]:
+def next_pieces(
+    runs: Sequence[Run], going: Sequence[Run], cores: int, minutes: float | None, failed: Sequence[Run]
+) -> list[Run]:
     """
-    Pieces that can be made now, side by side, in the order of the list: those missing whose models are there.
+    Pieces to start now, in the order of the list: missing ones whose models are there, as many as the cores left hold.
 
     Args:
         runs (`Sequence[Run]`): The whole list.
-        cores (`int`): CPU cores; all pieces of the answer have as many threads as the first one.
-        minutes (`float`, *optional*): Time that is left; the first piece is in the answer whatever it takes.
+        going (`Sequence[Run]`): Pieces that are being made.
+        cores (`int`): CPU cores; a piece of more threads than that goes alone.
+        minutes (`float`, *optional*): Time that is left, no longer piece is started; missing = any.
         failed (`Sequence[Run]`): Pieces that are not tried again.
     """
-    missing = missing_pieces(runs)
-    able = [run for run in missing if run not in failed and not any(before in missing for before in run.after)]
-    alike = [run for run in able if run.threads == able[0].threads]
-    jobs, chosen = jobs_of(alike, cores), []
-    for run in alike:
-        expected = sum(other.minutes for other in (*chosen, run)) / jobs
-        if chosen and minutes is not None and max(expected, run.minutes) > minutes:
-            break
-        chosen.append(run)
+    missing, chosen = missing_pieces(runs), []
+    free = cores - sum(run.threads for run in going)
+    for run in missing:
+        if run in going or run in failed or any(before in missing for before in run.after):
+            continue
+        fits = run.threads <= free or (free == cores and not chosen)
+        if fits and (minutes is None or run.minutes <= minutes):
+            chosen.append(run)
+            free -= run.threads
     return chosen
 
 
@@ -170,14 +173,9 @@ def missing_pieces(runs: Sequence[Run]) -> list[Run]:
     return missing[::-1]
 
 
-def jobs_of(runs: Sequence[Run], cores: int) -> int:
-    """How many of these pieces run at a time."""
-    return max(1, cores // runs[0].threads) if runs else 1
-
-
 def expected_minutes(runs: Sequence[Run], cores: int) -> float:
-    """Minutes that the missing ones of these pieces take together."""
-    return sum(run.minutes / jobs_of([run], cores) for run in runs if run.result() is None)
+    """Minutes that the missing ones of these pieces take together when they fill the cores."""
+    return sum(run.minutes / max(1, cores // run.threads) for run in runs if run.result() is None)
 
 
 def _training(

@@ -8,7 +8,7 @@ import yaml
 from modeling_pdt import PDTAdapterConfig
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments, PDTTrainingArguments
 from trainer_pdt.evaluation.arguments import EvaluationArguments
-from trainer_pdt.evaluation.proof import Entry, ProofArguments, expected_minutes, plan_pieces, ready_pieces
+from trainer_pdt.evaluation.proof import Entry, ProofArguments, expected_minutes, next_pieces, plan_pieces
 from trainer_pdt.evaluation.proof_report import write_proof_report
 from trainer_pdt.parser import RecipeParser, load_yaml
 from trainer_pdt.runs import EVALUATE, TRAIN, TRUNK
@@ -97,29 +97,31 @@ def test_other_weights_of_the_trunk_repeat_what_starts_from_them(root):
     assert [name for name in before if before[name] == after[name]] == ["trunk/1", "other/1", "other_seen/1"]
 
 
-def test_what_is_ready_has_its_models_and_the_same_threads(root):
+def test_what_starts_has_its_models_and_fits_into_the_cores(root):
     runs = every(plan_pieces(make(), root))
     by_name = dict(zip(names(runs), runs, strict=True))
-    first = ready_pieces(runs, 2, None, [])
-    assert names(first) == ["trunk/1", "base/1", "base/2", "without_x/1", "without_x/2"]
-    for run in first:
-        finish(run)
-    assert names(ready_pieces(runs, 2, None, [])) == ["full/1", "full/2"]
-    finish(by_name["full/1"])
-    assert names(ready_pieces(runs, 2, None, [])) == ["full/2", "full_seen/1"]
+    assert names(next_pieces(runs, [], 2, None, [])) == ["trunk/1", "base/1"]
+    assert names(next_pieces(runs, [by_name["trunk/1"]], 2, None, [])) == ["base/1"]
+    assert names(next_pieces(runs, [], 4, None, [])) == ["trunk/1", "full/1", "base/1"]
+    # Two threads do not fit beside another piece; where one core is all there is, they go alone.
+    assert names(next_pieces(runs, [by_name["base/1"]], 2, None, [])) == ["trunk/1"]
+    assert names(next_pieces(runs, [], 1, None, [by_name["trunk/1"]])) == ["full/1"]
+    assert next_pieces(runs, [by_name["full/1"]], 1, None, []) == []
+    for name in ("trunk/1", "full/1", "base/1", "base/2", "without_x/1", "without_x/2"):
+        finish(by_name[name])
+    assert names(next_pieces(runs, [], 2, None, [])) == ["full/2"]
+    assert names(next_pieces(runs, [by_name["full/2"]], 4, None, [])) == ["full_seen/1"]
     tried = [by_name["full/2"], by_name["full_seen/1"]]
-    assert names(ready_pieces(runs, 2, None, tried))[0] == "other/1"
+    assert names(next_pieces(runs, [], 2, None, tried)) == ["other/1", "less_seen/base/1"]
     for run in runs:
         finish(run)
-    assert ready_pieces(runs, 2, None, []) == []
+    assert next_pieces(runs, [], 2, None, []) == []
 
 
-def test_pieces_fit_into_the_time_that_is_left_and_one_always_does(root):
+def test_no_piece_starts_that_would_take_longer_than_is_left(root):
     runs = every(plan_pieces(make(), root))
-    assert names(ready_pieces(runs, 2, 1.0, [])) == ["trunk/1"]
-    # Two of one thread side by side: 30 + 3 * 5 minutes of one core are 22.5 of two, but a piece takes its own time.
-    assert names(ready_pieces(runs, 2, 30.0, [])) == ["trunk/1", "base/1", "base/2", "without_x/1", "without_x/2"]
-    assert names(ready_pieces(runs, 1, 36.0, [])) == ["trunk/1", "base/1"]
+    assert names(next_pieces(runs, [], 4, 20.0, [])) == ["base/1", "base/2", "without_x/1", "without_x/2"]
+    assert next_pieces(runs, [], 4, 1.0, []) == []
     assert expected_minutes(runs, 2) == pytest.approx(15 + 80 + 40 + 5 + 10 + 10 + 2)
 
 
