@@ -83,6 +83,8 @@ class ProofArguments:
     Args:
         entries (`dict[str, dict]`): By name, in order, the fields of [`Entry`].
         main (`str`): Evaluation that the bars are held against.
+        other_tap (`str`, *optional*): Evaluation of the same recipe with notes from the other tap, see
+            [`~trainer_pdt.evaluation.proof_bars.check_proof`].
         output (`str`, *optional*, defaults to `"build/proof"`): A folder per piece, kept between calls.
         report (`str`, *optional*, defaults to `"docs/benchmarks/worlds.md"`): Markdown; figures go into a folder of
             the same name beside it.
@@ -94,6 +96,7 @@ class ProofArguments:
 
     entries: dict[str, dict[str, Any]] = field(metadata={"help": "By name, in order: kind, says, minutes, ..."})
     main: str = field(metadata={"help": "Evaluation that the bars are held against."})
+    other_tap: str | None = field(default=None, metadata={"help": "The same with notes from the other tap."})
     output: str = field(default="build/proof", metadata={"help": "A folder per piece, kept between calls."})
     report: str = field(default="docs/benchmarks/worlds.md", metadata={"help": "Markdown file of the report."})
     cores: int = field(default=2, metadata={"help": "CPU cores."})
@@ -113,6 +116,8 @@ class ProofArguments:
             if entry.kind == "evaluate" and self.checked[entry.of or ""].kind == "train"
         ]
         check_choice("main", self.main, trained)
+        if self.other_tap is not None:
+            check_choice("other_tap", self.other_tap, trained)
 
 
 def plan_pieces(arguments: ProofArguments, root: Path) -> dict[str, list[Run]]:

@@ -40,6 +40,7 @@ COMPARED: tuple[tuple[str, str], ...] = (
     ("independent streams", "sibling_fact_recall/independent"),
     ("follows swapped notes", "sibling_fact_recall/swapped_follow"),
     ("values never trained on", "sibling_fact_recall/pdt_heldout_values"),
+    ("two hops", "two_hop/repeated/pdt"),
     ("lag 2", "curves/bus_lag/2/pdt"),
     ("decoded with 2 streams", "curves/num_streams/2/pdt"),
     ("decoded with 4 streams", "curves/num_streams/4/pdt"),
@@ -96,7 +97,8 @@ def write_proof_report(
         return None
     path = root / arguments.report
     folder = path.with_suffix("")
-    pooled, bars = main.report(), check_proof(main)
+    other_tap = read_pooled(pieces[arguments.other_tap]) if arguments.other_tap else None
+    pooled, bars = main.report(), check_proof(main, other_tap)
     done = [run for run in pieces[arguments.main] if run.result() is not None]
     trainings = {str(run.seed): read_training(run.after[0].model / "training_report.json") for run in done}
     figures = figures_of(pooled, trainings, folder)

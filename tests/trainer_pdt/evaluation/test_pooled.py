@@ -158,3 +158,20 @@ def test_a_perfect_model_meets_every_bar_and_one_without_notes_does_not():
 def test_every_place_of_an_area_is_one_of_an_evaluation():
     assert all(place.split("/")[0] == source.split("/")[0] for place, (source, _) in AREAS.items())
     assert isinstance(Estimate(torch.ones(1), torch.ones(3)) - 1.0, Estimate)
+
+
+@pytest.mark.parametrize(
+    ("mid", "top", "name", "mean"),
+    [
+        (0.9, 1.0, "two-hop facts", 0.9),
+        (0.5, 0.9, "two-hop facts, notes from the other tap", 0.9),
+        (0.5, 0.7, "two-hop facts", 0.5),
+        (0.5, None, "two-hop facts", 0.5),
+    ],
+)
+def test_either_tap_may_meet_the_bar_on_two_hop_facts(mid, top, name, mean):
+    main, other = (
+        value and make([{"two_hop/repeated/pdt": [(round(10 * value), 10)] * 20}] * 2) for value in (mid, top)
+    )
+    (row,) = check_proof(main, other)
+    assert row["name"] == name and row["value"]["mean"] == pytest.approx(mean) and row["met"] is (mean >= 0.8)
