@@ -13,7 +13,7 @@ from .arguments import check_whole
 from .curriculum import Curriculum, check_choice
 from .evaluation.tables import Table, to_markdown
 from .parser import load_yaml
-from .runs import Run, weights_of
+from .runs import Run, place_of, weights_of
 
 BASE, ALL_LOSSES = "base", "with_all_losses"
 HIGHER, LOWER = 1, -1
@@ -158,7 +158,7 @@ def plan_runs(arguments: AblationArguments, root: Path) -> list[Run]:
         weights = weights_of(recipe, root)
         for seed in arguments.seeds:
             folder = root / arguments.output / name / f"seed_{seed}"
-            seeded = {**recipe, "seed": seed, "output_dir": str(folder / "model")}
+            seeded = {**recipe, "seed": seed, "output_dir": place_of(folder / "model", root)}
             runs.append(Run(name, seed, folder, seeded, weights=weights))
     return runs
 
