@@ -71,6 +71,7 @@ class Run:
         """Fingerprint of the settings, and of those of the runs before it, wherever they are run."""
         settings = {key: value for key, value in self.recipe.items() if key not in PLACES}
         if self.after:
+            settings.pop("trunk", None)
             settings["after"] = [run.mark for run in self.after]
         if self.weights is not None:
             settings["weights"] = self.weights

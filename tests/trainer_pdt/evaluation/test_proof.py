@@ -1,5 +1,7 @@
 """The list of the proof: its pieces, their order and marks, and the report of what is there."""
 
+import gzip
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,11 @@ import yaml
 from modeling_pdt import PDTAdapterConfig
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments, PDTTrainingArguments
 from trainer_pdt.evaluation.arguments import EvaluationArguments
+from trainer_pdt.evaluation.pooled import Pooled
 from trainer_pdt.evaluation.proof import Entry, ProofArguments, expected_minutes, next_pieces, plan_pieces
+from trainer_pdt.evaluation.proof_bars import check_proof
 from trainer_pdt.evaluation.proof_report import write_proof_report
+from trainer_pdt.evaluation.records import restore_records
 from trainer_pdt.parser import RecipeParser, load_yaml
 from trainer_pdt.runs import EVALUATE, TRAIN, TRUNK
 from trainer_pdt.telemetry import read_json, write_json
@@ -85,8 +90,7 @@ def test_a_change_repeats_what_it_concerns_and_what_uses_that(root):
     after = {f"{run.case}/{run.seed}": run.mark for run in every(plan_pieces(make(), root))}
     assert [name for name in before if before[name] != after[name]] == ["trunk/1", "other/1", "other_seen/1"]
     moved = {f"{run.case}/{run.seed}": run.mark for run in every(plan_pieces(make(output="elsewhere"), root))}
-    # A training names the folder of its trunk.
-    assert [name for name in after if after[name] != moved[name]] == ["other/1", "other_seen/1"]
+    assert moved == after
 
 
 def test_other_weights_of_the_trunk_repeat_what_starts_from_them(root):
@@ -95,6 +99,28 @@ def test_other_weights_of_the_trunk_repeat_what_starts_from_them(root):
     (root / "shipped/model.safetensors").write_bytes(b"weights")
     after = {f"{run.case}/{run.seed}": run.mark for run in every(plan_pieces(make(), root))}
     assert [name for name in before if before[name] == after[name]] == ["trunk/1", "other/1", "other_seen/1"]
+
+
+def test_the_committed_report_is_what_its_records_say(tmp_path):
+    (arguments,) = RecipeParser(ProofArguments).parse_values(
+        {**load_yaml(ROOT / "recipes/tiny/proof.yaml"), "output": str(tmp_path)}
+    )
+    pieces = plan_pieces(arguments, ROOT)
+    records = (ROOT / arguments.report).with_suffix("") / "pieces"
+    restored = restore_records(every(pieces), tmp_path, records)
+    assert len(restored) == len(list(records.rglob("*.json.gz"))), "a record is of other settings than the recipes'"
+    evaluated = [run for run in pieces[arguments.main] if run in restored]
+    reports = [read_json(run.folder / "evaluation.json") for run in evaluated]
+    pooled = Pooled(reports, [read_json(run.folder / "documents.json") for run in evaluated], draws=20)
+    committed = {row["name"]: row["seeds"] for row in read_json(records.parent / "proof.json")["bars"]}
+    found = {row["name"]: row["seeds"] for row in check_proof(pooled)}
+    assert len(found) > 20 and found == {name: pytest.approx(seeds) for name, seeds in committed.items()}
+
+
+def test_records_name_no_place_of_a_machine():
+    for path in (ROOT / "docs/benchmarks/worlds/pieces").rglob("*.json.gz"):
+        found = re.search(r"/(?:tmp|home|root|work|Users)/\S*", gzip.decompress(path.read_bytes()).decode())
+        assert found is None, f"{path.name}: {found}"
 
 
 def test_what_starts_has_its_models_and_fits_into_the_cores(root):
