@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
         todo = len(missing_runs(runs, (), ()))
         print(f"ablate: {len(runs) - todo} of {len(runs)} runs are kept, {todo} to do", flush=True)
         failed = perform_all(
-            lambda going, failed: missing_runs(runs, going, failed)[: arguments.jobs - len(going)],
+            lambda going, ended: missing_runs(runs, going, ended)[: arguments.jobs - len(going)],
             *(arguments.jobs, ROOT, "ablate", show),
         )
     print(f"ablate: wrote {write_report(arguments)}")

@@ -39,13 +39,13 @@ def make_pieces(runs: Sequence[Run], arguments: ProofArguments) -> list[str]:
     """Makes missing pieces as cores come free, while time is left, at least one; returns what failed, in words."""
     started, chosen = time.monotonic(), []
 
-    def choose(going: Sequence[Run], failed: Sequence[Run]) -> list[Run]:
+    def choose(going: Sequence[Run], ended: Sequence[Run]) -> list[Run]:
         left = arguments.minutes
         if left is not None:
             left -= (time.monotonic() - started) / 60
-        now = next_pieces(runs, going, arguments.cores, left, failed)
+        now = next_pieces(runs, going, arguments.cores, left, ended)
         if not chosen and not now:
-            now = next_pieces(runs, going, arguments.cores, None, failed)[:1]
+            now = next_pieces(runs, going, arguments.cores, None, ended)[:1]
         for run in now:
             (run.folder / RESULT_FILE).unlink(missing_ok=True)  # a model that is gone is made again
         chosen.extend(now)

@@ -59,7 +59,7 @@ class Run:
     @property
     def has_model(self) -> bool:
         """Whether others can use what it left; a training that was restored from its record has figures alone."""
-        return self.script == EVALUATE or any(self.model.glob("*.safetensors"))
+        return self.script == EVALUATE or any(self.model.rglob("*.safetensors"))
 
     @property
     def threads(self) -> int:
@@ -157,35 +157,37 @@ def perform_all(
     Performs runs side by side, those that `choose` names whenever one has ended; returns what failed, in words.
 
     Args:
-        choose (`Callable`): From the runs that are going and those that failed to the ones to start now; the end is
-            where none is going and none is named.
+        choose (`Callable`): From the runs that are going and those that have ended, well or not, to the ones to start
+            now, none of them a second time; the end is where none is going and none is named.
         jobs (`int`): Runs at a time, at most.
         root (`Path`): Repository.
         name (`str`): Who speaks, first word of every line.
         show (`Callable`): What a line says of a result.
     """
     going: dict[Future[dict[str, Any]], Run] = {}
-    failed: dict[str, Run] = {}
+    ended: list[Run] = []
+    failed: list[str] = []
     with ThreadPoolExecutor(jobs) as pool:
         while True:
-            for run in choose([*going.values()], [*failed.values()]):
+            for run in choose([*going.values()], ended):
                 print_line(f"{name}: starts {run.case}, seed {run.seed}")
                 going[pool.submit(perform, run, root)] = run
             if not going:
-                return list(failed)
+                return failed
             for future in wait(going, return_when=FIRST_COMPLETED).done:
                 run = going.pop(future)
+                ended.append(run)
                 if error := future.exception():
                     line = f"{run.case}, seed {run.seed}: {error}; see {run.folder / LOG_FILE}"
-                    failed[line] = run
+                    failed.append(line)
                     print_line(f"{name}: FAILED {line}")
                 else:
                     print_line(f"{name}: finished {run.case}, seed {run.seed}{show(future.result())}")
 
 
-def missing_runs(runs: Sequence[Run], going: Sequence[Run], failed: Sequence[Run]) -> list[Run]:
-    """Those without a result that are neither going nor failed."""
-    return [run for run in runs if run.result() is None and run not in going and run not in failed]
+def missing_runs(runs: Sequence[Run], going: Sequence[Run], ended: Sequence[Run]) -> list[Run]:
+    """Those without a result that are not going and have not been tried."""
+    return [run for run in runs if run.result() is None and run not in going and run not in ended]
 
 
 def print_line(text: str) -> None:

@@ -20,7 +20,7 @@ SMOKE = str(ROOT / "recipes/tiny/proof_smoke.yaml")
 @pytest.fixture
 def proof(tmp_path, monkeypatch):
     """The script, in whose runs a piece leaves its files, or fails, in no time."""
-    proof = SimpleNamespace(ran=[], fails=())
+    proof = SimpleNamespace(ran=[], fails=(), loses=())
 
     def run(command, cwd, env, check, stdout, stderr, pass_fds):
         folder = Path(command[-1]).parent
@@ -30,8 +30,9 @@ def proof(tmp_path, monkeypatch):
         if name in proof.fails:
             raise subprocess.CalledProcessError(1, command)
         if command[1] != runs.EVALUATE:
-            (folder / "model").mkdir(exist_ok=True)
-            (folder / "model/weights.safetensors").touch()
+            (folder / "model/adapter").mkdir(parents=True, exist_ok=True)
+            if name not in proof.loses:
+                (folder / "model/adapter/adapter_model.safetensors").touch()
         if command[1] == runs.TRAIN:
             report = {"seconds_per_step": 1.0, "seconds": 8.0, "logs": [], "step": 4}
             for file, content in (
@@ -108,6 +109,12 @@ def test_records_finish_pieces_on_another_machine(proof, tmp_path, capsys):
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == report
     assert {path: path.read_bytes() for path in records} == records
+
+
+def test_no_piece_is_made_twice_in_a_call(proof):
+    proof.loses = ("trained/seed_1",)
+    proof.start()
+    assert proof.ran == [name for name in ALL if name != "trained_evaluated/seed_1"]
 
 
 def test_what_needs_weights_makes_them_again(proof, tmp_path):

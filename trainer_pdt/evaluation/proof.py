@@ -144,7 +144,7 @@ def plan_pieces(arguments: ProofArguments, root: Path) -> dict[str, list[Run]]:
 
 
 def next_pieces(
-    runs: Sequence[Run], going: Sequence[Run], cores: int, minutes: float | None, failed: Sequence[Run]
+    runs: Sequence[Run], going: Sequence[Run], cores: int, minutes: float | None, ended: Sequence[Run]
 ) -> list[Run]:
     """
     Pieces to start now, in the order of the list: missing ones whose models are there, as many as the cores left hold.
@@ -154,12 +154,12 @@ def next_pieces(
         going (`Sequence[Run]`): Pieces that are being made.
         cores (`int`): CPU cores; a piece of more threads than that goes alone.
         minutes (`float`, *optional*): Time that is left, no longer piece is started; missing = any.
-        failed (`Sequence[Run]`): Pieces that are not tried again.
+        ended (`Sequence[Run]`): Pieces that were tried and are not tried again.
     """
     missing, chosen = missing_pieces(runs), []
     free = cores - sum(run.threads for run in going)
     for run in missing:
-        if run in going or run in failed or any(before in missing for before in run.after):
+        if run in going or run in ended or any(before in missing for before in run.after):
             continue
         fits = run.threads <= free or (free == cores and not chosen)
         if fits and (minutes is None or run.minutes <= minutes):
