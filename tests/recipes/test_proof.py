@@ -125,13 +125,14 @@ def test_what_needs_weights_makes_them_again(proof, tmp_path):
     assert proof.ran == ["trunk/seed_1", "second/seed_1", "second_evaluated/seed_1"]
 
 
-def test_a_record_of_other_settings_finishes_nothing(proof, tmp_path):
+def test_a_record_of_other_settings_finishes_nothing(proof, tmp_path, capsys):
     proof.start()
+    capsys.readouterr()
     records = tmp_path / "report/pieces/trained_evaluated"
     shutil.copy(records / "seed_1.json.gz", records / "seed_2.json.gz")
     shutil.rmtree(tmp_path / "out/trained_evaluated/seed_2")
     proof.start()
-    assert proof.ran == ["trained_evaluated/seed_2"]
+    assert proof.ran == ["trained_evaluated/seed_2"] and "by their records" not in capsys.readouterr().out
 
 
 def test_a_recipe_that_cannot_run_is_refused_before_anything_is_made(proof, monkeypatch):
