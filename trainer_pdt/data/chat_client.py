@@ -32,7 +32,7 @@ FEWEST_BYTES_PER_TOKEN = 2
 
 MAX_BACKOFF_S = 60.0
 FATAL_STATUS, TEMPORARY_STATUS = (401, 402, 403, 404, 405), (408, 409, 425, 429)
-TEMPORARY = ("rate_limited", "server_error", "timed_out", "connection_failed")
+TEMPORARY = ("rate_limited", "server_error")
 STOPPED = "stopped"
 """Outcome of a request that the end of the build has ended; it tells nothing of the server."""
 
@@ -255,10 +255,19 @@ class ChatClient:
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        """One of the places for requests in flight; nothing more is sent to a server that has failed too often."""
+        """
+        One of the places for requests in flight; nothing more is sent to a server that has failed too often.
+
+        How the request ended is counted before its place is free: who waits for it knows of the last failure.
+        """
         with self._places:
             self._require_server()
-            yield
+            try:
+                yield
+            except (HfHubHTTPError, HTTPError) as error:
+                self._count(_is_temporary(error))
+                raise
+            self._count(False)
 
     def _most(self, request: ChatRequest, max_tokens: int, problem: str | None) -> Usage:
         size = request.bytes() + len((problem or "").encode())
@@ -285,12 +294,12 @@ class ChatClient:
         with self._settled:
             self.store.settle(number, outcome, usage, answer)
             self._in_flight -= 1
-            if outcome in TEMPORARY:
-                self._failures_in_a_row += 1
-            elif outcome != STOPPED:
-                self._failures_in_a_row = 0
             self._settled.notify_all()
             self._require_server()
+
+    def _count(self, failed: bool) -> None:
+        with self._settled:
+            self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
 
     def _require_server(self) -> None:
         """Raises where too many requests in a row failed: nothing more is sent."""
@@ -341,6 +350,11 @@ class ChatClient:
         if wait_s is None:
             wait_s = self.options.backoff_s * 2**attempt * (0.5 + random.random() / 2)
         time.sleep(min(wait_s, MAX_BACKOFF_S))
+
+
+def _is_temporary(error: HfHubHTTPError | HTTPError) -> bool:
+    """Whether the same request may be answered later: no connection, no answer in time, or a status that says so."""
+    return not isinstance(error, HfHubHTTPError) or _http_failure(error).reason in TEMPORARY
 
 
 def _http_failure(error: HfHubHTTPError) -> _Failure:

@@ -11,7 +11,7 @@ from tests.chat_server import KINDS, Handler, chat_server, toy_document
 from tests.child_process import exit_code, start_child, wait_until
 from trainer_pdt.data.chat import ChatTeacher
 from trainer_pdt.data.chat_answers import NotesAnswer, PlanAnswer, answer_schema
-from trainer_pdt.data.chat_client import BudgetExceeded, ServerUnavailable
+from trainer_pdt.data.chat_client import BudgetExceeded, ChatClient, ServerUnavailable
 from trainer_pdt.data.chat_store import AnswerStore, Usage
 from trainer_pdt.data.teachers import Rejection
 
@@ -205,7 +205,24 @@ def test_a_dead_server_stops_the_build(tmp_path):
         teacher = make_teacher(server, tmp_path, attempts=3, max_concurrency=2)
         with pytest.raises(ServerUnavailable, match="6 requests in a row failed"):
             teach(teacher, [toy_document(number) for number in range(20)])
-        assert sum(server.calls.values()) <= 8
+        # The last failure may find another request on its way.
+        assert 6 <= sum(server.calls.values()) <= 7
+
+
+def test_who_waits_for_a_place_knows_of_the_failure_that_left_it(tmp_path, monkeypatch):
+    settle = ChatClient._settle
+
+    def settle_late(client, *entry):
+        time.sleep(0.05)
+        settle(client, *entry)
+
+    monkeypatch.setattr(ChatClient, "_settle", settle_late)
+    with chat_server(failures=1.0, kinds=("500",)) as server:
+        teacher = make_teacher(server, tmp_path, attempts=3, max_concurrency=1)
+        with ThreadPoolExecutor(12) as pool:
+            futures = [pool.submit(teacher.plan, toy_document(number)) for number in range(12)]
+        assert {type(future.exception()) for future in futures} == {ServerUnavailable}
+        assert sum(server.calls.values()) == 3
 
 
 def test_a_dead_server_is_asked_no_more(tmp_path):
@@ -223,8 +240,8 @@ def test_requests_that_wait_for_a_place_are_not_sent_to_a_dead_server(tmp_path):
         with ThreadPoolExecutor(12) as pool:
             futures = [pool.submit(teacher.plan, toy_document(number)) for number in range(12)]
         assert ServerUnavailable in {type(future.exception()) for future in futures}
-        # The last failure may find others on their way.
-        assert 8 <= sum(server.calls.values()) <= 10
+        # The last failure may find another request on its way.
+        assert 8 <= sum(server.calls.values()) <= 9
         assert server.most_active <= 2
     store = AnswerStore(tmp_path / "answers.sqlite")
     # A refused request costs nothing, and one that is not sent neither.
