@@ -39,7 +39,8 @@ class CalibrationArguments:
         revision (`str`, *optional*): Branch, tag or commit of that repository.
         trunk_revision (`str`, *optional*): Of the trunk on the Hub; missing = the commit that the model names.
         output_folder (`str`): Receives what is not written into the model's own folder.
-        calibration_documents (`int`): Validation documents on which thresholds are set.
+        calibration_documents (`int`): Validation documents on which thresholds are set, hard ones in the share that
+            the evaluation has of them (its default share where nothing is evaluated).
         decode_batch (`int`): Documents per decoding call.
         eval_seed (`int`): Seed of sampling.
         threads (`int`): CPU threads.
@@ -127,6 +128,12 @@ class EvaluationArguments(CalibrationArguments):
         self._choose_sections()
         self._check_sections()
         self._check_curves()
+
+    def calibration_kinds(self) -> tuple[int, int]:
+        """Core and hard documents among `calibration_documents`."""
+        share = self.hard_documents / (self.core_documents + self.hard_documents)
+        hard = round(self.calibration_documents * share)
+        return self.calibration_documents - hard, hard
 
     def make_judge(self) -> Judge | None:
         """Who judges answers, if anybody does."""

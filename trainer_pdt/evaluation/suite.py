@@ -146,14 +146,16 @@ class Evaluation:
     def calibration(self) -> dict[str, Any]:
         """
         Section `calibration`: thresholds from what the model writes for validation documents, and from nothing else.
+        Hard ones have the same share there as among the documents that are judged by these thresholds.
 
         `coverage` and `agreement` are reports of [`calibrate`]; `agreement_planted` is the agreement head on planted
         contradictions in the same documents, at the same threshold. A head without the judgements that its rule needs
         has no report and keeps its threshold.
         """
         if self._calibration is None:
-            logger.info("calibrating on %d validation documents", self.arguments.calibration_documents)
-            documents = held_out_documents("validation", self.arguments.calibration_documents, 0)
+            core, hard = self.arguments.calibration_kinds()
+            logger.info("calibrating on %d core and %d hard validation documents", core, hard)
+            documents = held_out_documents("validation", core, hard)
             written = self.writers(write_parallel, documents, agreement_threshold=None, **self.common())
             own = self.score(block_scores.documents_from_texts(documents, written.texts))
             covered = Judgements.of(coverage_decisions(documents, written.texts, written.events), finds=True)

@@ -231,6 +231,25 @@ def test_agreement_section_calibrates_on_clean_text(evaluation, monkeypatch):
     assert calibration["agreement_planted"]["selected_point"]["threshold"] == result["threshold"]
 
 
+def test_thresholds_are_set_on_the_kinds_of_documents_that_are_judged(evaluation, monkeypatch):
+    def write(model, tokenizer, documents, **options):
+        raise InterruptedError([document.document_id.split("-")[:2] for document in documents])
+
+    monkeypatch.setattr(suite, "write_parallel", write)
+    with pytest.raises(InterruptedError) as stopped:
+        evaluation.calibration()
+    assert stopped.value.args[0] == [["validation", "core"]] * 7 + [["validation", "hard"]]
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "calibrated", "kinds"), [((300, 150), 600, (400, 200)), ((2, 0), 5, (5, 0)), ((2, 6), 2, (0, 2))]
+)
+def test_calibration_has_the_evaluations_share_of_hard_documents(evaluated, calibrated, kinds):
+    core, hard = evaluated
+    arguments = EvaluationArguments(core_documents=core, hard_documents=hard, calibration_documents=calibrated)
+    assert arguments.calibration_kinds() == kinds
+
+
 def test_a_head_without_judgements_keeps_its_threshold(evaluation, monkeypatch, caplog):
     def write(model, tokenizer, documents, **options):
         texts = [[StreamText("So it is.") for _ in document.streams] for document in documents]
