@@ -27,6 +27,9 @@ AREA_OF: dict[str, Callable[[Judgements, Tensor], Tensor]] = {
 }
 """What is computed from the decisions of a head."""
 
+SETTINGS = ("speed/threads",)
+"""Whole numbers that count nothing: kept where the seeds agree, where counts are summed."""
+
 AREAS: dict[str, tuple[str, str]] = {
     **{f"coverage/{name}": ("coverage/decisions/own_text", name) for name in AREA_OF},
     **{f"agreement/{name}": ("agreement/decisions/planted", name) for name in AREA_OF},
@@ -197,7 +200,7 @@ class Pooled:
                 merged[key] = self.get(place).as_dict()
             elif isinstance(first, Mapping):
                 merged[key] = self._merge(values, place)
-            elif isinstance(first, bool | str):
+            elif isinstance(first, bool | str) or place in SETTINGS:
                 merged |= {key: first} if all(value == first for value in values) else {}
             elif isinstance(first, int):
                 merged[key] = sum(values)

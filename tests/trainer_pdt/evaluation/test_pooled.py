@@ -155,6 +155,13 @@ def test_a_perfect_model_meets_every_bar_and_one_without_notes_does_not():
     assert not any("above chance" in name for name in missed)
 
 
+def test_counts_are_summed_and_settings_kept():
+    report = {"speed": {"threads": 1, "single": 0.5}, "text": {"tokens": 40}, "lag": "1"}
+    merged = Pooled([report] * 3, [{}] * 3, 5).report()
+    assert merged == {"speed": {"threads": 1, "single": 0.5}, "text": {"tokens": 120}, "lag": "1"}
+    assert "threads" not in Pooled([report, {"speed": {"threads": 2}}], [{}] * 2, 5).report()["speed"]
+
+
 def test_every_place_of_an_area_is_one_of_an_evaluation():
     assert all(place.split("/")[0] == source.split("/")[0] for place, (source, _) in AREAS.items())
     assert isinstance(Estimate(torch.ones(1), torch.ones(3)) - 1.0, Estimate)
