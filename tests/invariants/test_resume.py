@@ -146,7 +146,8 @@ def alone(tmp_path_factory):
     return outcome(folder / "run"), int((folder / "touches").read_text()), time.monotonic() - started
 
 
-@pytest.mark.parametrize("share", [0.45, pytest.param(0.8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.45, 0.8])
 def test_killed_while_it_saves_and_resumed_equals_uninterrupted(tmp_path, alone, uninterrupted, share):
     expected, touches, _ = alone
     losses = uninterrupted[1]

@@ -53,6 +53,7 @@ def test_measured_where_it_is_due():
     assert [balance.is_due(*place) for place in ((0, 0), (0, 1), (1, 0), (3, 0))] == [True, False, False, True]
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_it_and_continues_exactly(tmp_path):
     shared = {"train_dataset": make_features(8), "max_grad_norm": 0.0, "optim": "sgd"}
     saving = {**shared, "save_strategy": "steps", "save_steps": 2}

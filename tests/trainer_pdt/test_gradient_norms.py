@@ -51,6 +51,7 @@ def test_due_and_bounds(tmp_path):
         GradientNormLog(tmp_path, 0)
 
 
+@pytest.mark.slow
 def test_training_takes_the_same_course(tmp_path, monkeypatch):
     """The trainer's own losses, measured where it weighs them; clipping and a frozen writer included."""
     plain = make_trainer(tmp_path / "plain", [STAGE], max_steps=3)

@@ -93,6 +93,7 @@ def test_too_many_end_the_run_and_name_the_batch(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_count_and_mean(tmp_path):
     settings = {**RUN, "save_strategy": "steps", "save_steps": 1}
     whole = make_trainer(tmp_path, **settings)

@@ -129,6 +129,7 @@ def test_texts_belong_to_the_weights_that_write_and_to_the_seed(model):
     assert writing_digest(other, 0) != name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_trains_on_the_same_text(told, tmp_path):
     features = make_features(6)
     documents = [features.document(index) for index in range(6)]

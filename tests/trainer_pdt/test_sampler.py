@@ -76,6 +76,7 @@ def test_one_number_of_streams_keeps_the_sampler_of_the_library(tmp_path, mixed)
     assert list(sampler_for(mixed, args, 2)) == [0, 1, 2, 0, 3, 3]
 
 
+@pytest.mark.slow
 def test_training_takes_a_mixed_dataset_and_goes_on_in_the_middle_of_an_epoch(tmp_path, mixed):
     seen = {}
 

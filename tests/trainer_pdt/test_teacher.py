@@ -52,6 +52,7 @@ def test_parameters_of_lower_precision_are_averaged_in_float32():
         assert torch.equal(model.pdt_parameters()[name], value.bfloat16())
 
 
+@pytest.mark.slow
 def test_a_continued_run_has_the_same_average_losses_and_weights(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "train_dataset": make_features(8)}
     whole = make_trainer(tmp_path / "whole", [STAGE], **EMA, **saving)

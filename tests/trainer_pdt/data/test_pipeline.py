@@ -154,6 +154,7 @@ def test_fewer_documents_leave_no_old_shards(copy, tmp_path):
     assert all_bytes(copy) == all_bytes(tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_killed_twice_it_gives_the_same_bytes(built, tmp_path):
     folder = tmp_path / "killed"
     for writes in (4, 3):
