@@ -99,7 +99,8 @@ class Estimate:
 
 class Pooled:
     """
-    Evaluations of one recipe's seeds, read as one.
+    Evaluations of one recipe's seeds, read as one. A measure that one seed lacks, because what it wrote gave nothing to
+    measure, is left out.
 
     Args:
         reports (`Sequence[Mapping]`): Contents of `evaluation.json`, by seed.
@@ -107,7 +108,7 @@ class Pooled:
         draws (`int`, *optional*, defaults to 1000): Of the bootstrap.
 
     Raises:
-        ValueError: When there is none, or the seeds were not evaluated on the same documents.
+        ValueError: When there is none, or the seeds do not have the same sections and documents.
     """
 
     def __init__(
@@ -115,9 +116,11 @@ class Pooled:
     ) -> None:
         if not reports or len(reports) != len(documents):
             raise ValueError(f"{len(reports)} reports and {len(documents)} documents, allowed: one of each per seed.")
-        if any(found.keys() != documents[0].keys() for found in documents):
+        if len({frozenset(path.split("/")[0] for path in found) for found in documents}) > 1:
             raise ValueError("documents: the seeds were not measured alike, allowed: evaluations with equal options.")
-        self.reports, self.documents, self.draws = reports, documents, draws
+        shared = set(documents[0]).intersection(*documents)
+        self.documents = [{path: found[path] for path in documents[0] if path in shared} for found in documents]
+        self.reports, self.draws = reports, draws
         generator = torch.Generator().manual_seed(0)
         drawn_BS = torch.randint(len(reports), (draws, len(reports)), generator=generator)
         self.weights_BS = torch.nn.functional.one_hot(drawn_BS, len(reports)).sum(1).double() / len(reports)

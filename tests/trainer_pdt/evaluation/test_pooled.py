@@ -81,6 +81,15 @@ def test_seeds_have_to_be_measured_alike():
         make([{"a": [(1, 1)]}, {"a": [(1, 1)] * 2}]).rate("a")
 
 
+def test_a_measure_that_one_seed_lacks_is_left_out():
+    whole = {"agreement/repaired": [(1, 1)], "agreement/operating_point/repaired": [(1, 1)]}
+    for seeds in ([whole, {"agreement/repaired": [(1, 1)]}], [{"agreement/repaired": [(1, 1)]}, whole]):
+        pooled = make(seeds)
+        assert pooled.rate("agreement/repaired").mean == 1.0
+        with pytest.raises(KeyError):
+            pooled.rate("agreement/operating_point/repaired")
+
+
 def test_a_report_over_seeds_pools_what_it_can():
     def report(recall, chance, blocks, auroc, speed, gone):
         return {
