@@ -99,8 +99,8 @@ class Estimate:
 
 class Pooled:
     """
-    Evaluations of one recipe's seeds, read as one. A measure that one seed lacks, because what it wrote gave nothing to
-    measure, is left out.
+    Evaluations of one recipe's seeds, read as one. A measure that one seed lacks, because what it wrote gave nothing
+    to measure, is left out.
 
     Args:
         reports (`Sequence[Mapping]`): Contents of `evaluation.json`, by seed.
