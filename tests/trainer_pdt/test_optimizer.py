@@ -10,7 +10,8 @@ from trainer_pdt.callbacks import parameter_group
 from trainer_pdt.curriculum import PARAMETER_GROUPS
 
 STAGES = [{**BUS_STAGE, "until": 2}, HEAD_STAGE]
-BUILT_IN = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+LESS_USED = ("adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+BUILT_IN = ("adamw_torch", "adafactor", *(pytest.param(name, marks=pytest.mark.slow) for name in LESS_USED))
 EIGHT_BIT = {"adamw_bnb_8bit": is_bitsandbytes_available, "adamw_torch_8bit": is_torchao_available}
 
 

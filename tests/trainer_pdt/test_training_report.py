@@ -47,25 +47,28 @@ def write_lines(path, lines, end="\n"):
     path.write_text("\n".join(json.dumps(line) for line in lines) + end, encoding="utf-8")
 
 
-@pytest.fixture
-def run(tmp_path):
+def write_run(folder):
     report = {"step": 60, "max_steps": 60, "seconds": 90.0, "seconds_per_step": 1.5, "logs": logs()}
     report |= {"gates": [0.25, 0.5], "skipped": [{"step": 7, "reason": "loss is nan", "documents": ["one", "<two>"]}]}
-    write_lines(tmp_path / "gradient_norms_from_0.jsonl", [norms(0, lm_ce=2.0, kd=4.0), norms(20, lm_ce=1.0, kd=2.0)])
-    write_json(tmp_path / "training_report.json", report)
-    write_json(tmp_path / "stage_history.json", {"stages": STAGES})
-    write_json(tmp_path / "manifest.json", {"seed": 3, "command": "recipes/train.py --seed 3"})
-    return tmp_path
+    write_lines(folder / "gradient_norms_from_0.jsonl", [norms(0, lm_ce=2.0, kd=4.0), norms(20, lm_ce=1.0, kd=2.0)])
+    write_json(folder / "training_report.json", report)
+    write_json(folder / "stage_history.json", {"stages": STAGES})
+    write_json(folder / "manifest.json", {"seed": 3, "command": "recipes/train.py --seed 3"})
+    return folder
 
 
-def test_page_shows_every_stage_with_curves(run):
-    page = write_training_report(run)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return write_training_report(write_run(tmp_path_factory.mktemp("run")))
+
+
+def test_page_shows_every_stage_with_curves(page):
     text = page.read_text(encoding="utf-8")
     assert page.name == "training_report.html"
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text)
     assert text.count("data:image/png;base64,") == 4
     plots = {"all.png", "stage_1.png", "gradients_1.png", "stage_2.png"}
-    assert {path.name for path in (run / "training_plots").iterdir()} == plots
+    assert {path.name for path in (page.parent / "training_plots").iterdir()} == plots
     for words in (
         *("60 of 60 optimizer steps, 1.5 minutes, 1.5 s per step, seed 3.", "recipes/train.py --seed 3"),
         *("Stage bus", "Stage gate &lt;b&gt;", "0.91", "a refresh changes what it should leave alone"),
@@ -76,23 +79,23 @@ def test_page_shows_every_stage_with_curves(run):
     assert "Stage later" not in text and "<b>gate" not in text and "runtime" not in text
 
 
-def test_markdown_links_its_figures(run):
-    write_training_report(run)
-    text = (run / "training_report.md").read_text(encoding="utf-8")
+def test_markdown_links_its_figures(page):
+    text = (page.parent / "training_report.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\((.*?)\)", text):
-        assert (run / link).is_file()
+        assert (page.parent / link).is_file()
     assert "| loss_lm_ce | 3.0000 | 3.0000 | 3.0000 | 3.0000 | 3.0000 | 4 |" in text
     assert "| mask_ablation | 2.500 | >= 0.1 | notes are not used | ok |" in text
     assert "| mask_ablation | 2.500 | 2.750 |" in text and "| n_sibling | 340 |" in text
 
 
-def test_sections_come_in_a_reader_s_order(run):
-    text = write_training_report(run).read_text(encoding="utf-8")
+def test_sections_come_in_a_reader_s_order(page):
+    text = page.read_text(encoding="utf-8")
     titles = ["Run", "Skipped steps", "Curves", "Held-out documents", "Stage bus", "Stage gate &lt;b&gt;", "Commands"]
     assert re.findall("<h2>(.*?)</h2>", text) == titles
 
 
-def test_health_has_a_row_for_every_measure_that_was_taken(run):
+def test_health_has_a_row_for_every_measure_that_was_taken(tmp_path):
+    run = write_run(tmp_path)
     measures = {f"eval_{name}": limit for name, _, limit, _ in HEALTH}
     write_json(run / "training_report.json", {"step": 60, "max_steps": 60, "logs": [{"step": 60, **measures}]})
     text = write_training_report(run).read_text(encoding="utf-8")
