@@ -86,7 +86,9 @@ class Run:
     def measured(self, seconds: float) -> dict[str, Any]:
         """The result of the finished run, to be kept as `RESULT_FILE`."""
         result = {"settings": self.mark, "case": self.case, "seed": self.seed, "seconds": round(seconds, 1)}
-        if self.script != TRAIN:
+        if self.script == EVALUATE:
+            return {**result, "seconds": read_json(self.folder / "evaluation.json")["seconds"], "git": [git_state()]}
+        if self.script == TRUNK:
             return {**result, "git": [git_state()]}
         values, manifest, report = (
             read_json(self.model / name) for name in ("eval_results.json", MANIFEST_FILE, REPORT_FILE)
@@ -113,6 +115,10 @@ def perform(run: Run, root: Path) -> dict[str, Any]:
     Args:
         run ([`Run`]): What to do; the runs before it are finished.
         root (`Path`): Repository.
+
+    Raises:
+        CalledProcessError: When the recipe failed.
+        FileNotFoundError: When a training left no weights.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.folder / "lock", "w") as lock, open(run.folder / LOG_FILE, "a") as log:
@@ -131,6 +137,8 @@ def perform(run: Run, root: Path) -> dict[str, Any]:
             command = [sys.executable, run.script, "--config", place_of(recipe_file, root)]
             handles = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": (lock.fileno(),)}
             subprocess.run(command, cwd=root, env=environment, check=True, **handles)
+        if not run.has_model:
+            raise FileNotFoundError(f"{run.script} ended, but left no *.safetensors in {place_of(run.model, root)}")
         result = run.measured(time.monotonic() - started)
         return read_json(write_json(run.folder / RESULT_FILE, result))
 

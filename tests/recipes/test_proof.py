@@ -43,7 +43,8 @@ def proof(tmp_path, monkeypatch):
                 write_json(folder / "model" / file, content)
         elif command[1] == runs.EVALUATE:
             assert Path(options["model"], "training_report.json").is_file()
-            write_json(folder / "evaluation.json", {"sibling_fact_recall": {"pdt": {"mean": 1.0, "n": 2}}})
+            recall = {"pdt": {"mean": 1.0, "n": 2}}
+            write_json(folder / "evaluation.json", {"sibling_fact_recall": recall, "seconds": 60.0})
             write_json(folder / "documents.json", {"sibling_fact_recall/pdt": [[1, 1], [1, 1]]})
 
     monkeypatch.setattr(runs.subprocess, "run", run)
@@ -64,7 +65,8 @@ def test_every_piece_is_made_once_after_what_it_uses(proof, tmp_path, capsys):
     assert proof.ran == ALL
     said = capsys.readouterr().out
     assert "proof: trained_evaluated: 0 of 2 done" in said and f"proof: wrote {tmp_path / 'report.md'}" in said
-    assert "2 of 2 seeds are evaluated; 1 of 1 bars are met." in (tmp_path / "report.md").read_text(encoding="utf-8")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "2 of 2 seeds are evaluated; 1 of 31 bars are met, 30 not measured." in text
     proof.start()
     assert proof.ran == [] and "proof: trained_evaluated: 2 of 2 done, about 0 min left" in capsys.readouterr().out
 
@@ -111,9 +113,10 @@ def test_records_finish_pieces_on_another_machine(proof, tmp_path, capsys):
     assert {path: path.read_bytes() for path in records} == records
 
 
-def test_no_piece_is_made_twice_in_a_call(proof):
+def test_a_training_that_leaves_no_weights_has_failed(proof):
     proof.loses = ("trained/seed_1",)
-    proof.start()
+    with pytest.raises(SystemExit, match=r"trained, seed 1: recipes/train.py ended, but left no \*.safetensors in"):
+        proof.start()
     assert proof.ran == [name for name in ALL if name != "trained_evaluated/seed_1"]
 
 

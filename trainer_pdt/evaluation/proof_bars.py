@@ -34,16 +34,16 @@ class Bar:
     comparison: str
     limit: float
 
-    def check(self, pooled: Pooled) -> dict[str, Any] | None:
-        """`{name, value, seeds, bar, met}`, `None` where it was not measured."""
+    def check(self, pooled: Pooled) -> dict[str, Any]:
+        """`{name, value, seeds, bar, met}`; where a seed did not measure it, `value` and `met` are `None`."""
+        row = {"name": self.name, "bar": f"{self.comparison} {self.limit:g}"}
         try:
             found = self.figure(pooled)
         except KeyError:
-            return None
+            return {**row, "value": None, "seeds": [], "met": None}
         value = found.mean if self.comparison == ">=" else found.interval[1]
         met = value >= self.limit if self.comparison == ">=" else value <= self.limit
-        bar = f"{self.comparison} {self.limit:g}"
-        return {"name": self.name, "value": found.as_dict(), "seeds": found.seeds_S.tolist(), "bar": bar, "met": met}
+        return {**row, "value": found.as_dict(), "seeds": found.seeds_S.tolist(), "met": met}
 
 
 def _at(path: str) -> Callable[[Pooled], Estimate]:
@@ -124,7 +124,7 @@ BARS: tuple[Bar, ...] = (
 
 def check_proof(main: Pooled, other_tap: Pooled | None = None) -> list[dict[str, Any]]:
     """
-    Every bar that was measured.
+    Every bar, see [`Bar.check`].
 
     Args:
         main ([`Pooled`]): What the bars are held against.
@@ -134,10 +134,9 @@ def check_proof(main: Pooled, other_tap: Pooled | None = None) -> list[dict[str,
     rows = []
     for bar in BARS:
         row = bar.check(main)
-        if bar is TWO_HOP and other_tap is not None and not (row and row["met"]):
+        if bar is TWO_HOP and other_tap is not None and not row["met"]:
             other = bar.check(other_tap)
-            if other is not None and other["met"]:
+            if other["met"]:
                 row = {**other, "name": f"{bar.name}, notes from the other tap"}
-        if row is not None:
-            rows.append(row)
+        rows.append(row)
     return rows

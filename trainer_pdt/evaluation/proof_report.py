@@ -60,6 +60,7 @@ FREE_RUNNING = (
 )
 """Free-running figures of ablations."""
 
+RESULTS = {True: "met", False: "missed", None: "not measured"}
 ABOUT = (
     "Held-out documents of the procedural worlds ([worlds.md](../worlds.md)), free-running decoding at temperature 1. "
     "Estimates are means over training seeds. Intervals (95 %) resample seeds and documents, the same documents for "
@@ -113,7 +114,8 @@ def write_proof_report(
     head = [
         "# The proof on procedural worlds\n",
         ABOUT + "\n",
-        f"{len(done)} of {len(pieces[arguments.main])} seeds are evaluated; {sum(met)} of {len(met)} bars are met.\n",
+        f"{len(done)} of {len(pieces[arguments.main])} seeds are evaluated; {met.count(True)} of {len(met)} bars are "
+        f"met{f', {met.count(None)} not measured' * (None in met)}.\n",
     ]
     images = [f"![{figure.stem}]({folder.name}/{figure.name})\n" for figure in figures]
     shown = [to_markdown(table) for table in tables if table.rows]
@@ -128,10 +130,11 @@ def bars_table(bars: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Table
     """Every bar with its estimate, the single seeds, and whether it is met."""
     rows = []
     for bar in bars:
-        count = bar["value"]["n"]
-        seeds_shown = [show(value) or "-" for value in bar["seeds"]]
-        cells = [show(bar["value"]) or "nothing counted", "" if count is None else str(count), *seeds_shown]
-        rows.append([bar["name"], bar["bar"], *cells, "met" if bar["met"] else "missed"])
+        value = bar["value"] or {"n": None}
+        shown = "" if bar["value"] is None else show(value) or "nothing counted"
+        seeds_shown = [show(one) or "-" for one in bar["seeds"]] or [""] * len(seeds)
+        cells = [shown, "" if value["n"] is None else str(value["n"]), *seeds_shown]
+        rows.append([bar["name"], bar["bar"], *cells, RESULTS[bar["met"]]])
     columns = ("measure", "wanted", "estimate", "n", *(f"seed {seed}" for seed in seeds), "result")
     return Table("Bars", columns, rows, "", [bool(bar["met"]) for bar in bars])
 

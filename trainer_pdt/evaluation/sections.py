@@ -76,9 +76,10 @@ def run_sections(evaluation: Evaluation) -> dict[str, Any]:
         evaluation ([`Evaluation`]): What is measured; with `resume`, what other adapters reached is measured again.
 
     Returns:
-        `dict[str, Any]`: Content of `evaluation.json` without settings and bars.
+        `dict[str, Any]`: Content of `evaluation.json` without settings and bars; `seconds` is what all sections took,
+            in earlier calls too.
     """
-    arguments, report = evaluation.arguments, {}
+    arguments, report, seconds = evaluation.arguments, {}, 0.0
     adapters = adapters_mark(evaluation.model) if arguments.resume else ""
     settings = {key: value for key, value in asdict(arguments).items() if key not in WITHOUT_EFFECT}
     for name in arguments.sections:
@@ -89,17 +90,19 @@ def run_sections(evaluation: Evaluation) -> dict[str, Any]:
         kept = read_json(path) if may_be_kept and path.is_file() else {}
         if kept.get("settings") == mark:
             logger.info("%s: finished before, kept", name)
-            value = kept["value"]
+            value, took = kept["value"], kept.get("seconds", 0.0)
             if name == "calibration":
                 evaluation.adopt_calibration(value)
         else:
             started = time.perf_counter()
             value = SECTIONS[name](evaluation)
-            logger.info("%s: %.0f s", name, time.perf_counter() - started)
+            took = time.perf_counter() - started
+            logger.info("%s: %.0f s", name, took)
             if may_be_kept:
-                write_json(path, {"settings": mark, "value": value})
+                write_json(path, {"settings": mark, "seconds": took, "value": value})
+        seconds += took
         report |= value if name in NAMED else {KEYS.get(name, name): value}
-    return report
+    return {**report, "seconds": round(seconds, 1)}
 
 
 def take_documents(report: Mapping[str, Any], path: str = "") -> tuple[dict[str, Any], dict[str, Any]]:

@@ -197,8 +197,9 @@ def test_the_report_is_of_what_is_there(root):
     evaluated(pieces["full_seen"][0], 3)
     path = write_proof_report(arguments, pieces, root, "recipes/proof.py")
     text = path.read_text(encoding="utf-8")
-    assert "1 of 2 seeds are evaluated; 0 of 1 bars are met." in text
+    assert "1 of 2 seeds are evaluated; 0 of 31 bars are met, 30 not measured." in text
     assert "| recall, feasible, all types | >= 0.9 | 0.750 (0.750 to 0.750) | 40 | 0.750 | missed |" in text
+    assert "| coverage recall | >= 0.97 |  |  |  | not measured |" in text
     assert "Recipes and trunks" not in text and "Ablations" not in text
     assert (
         "| full_seen | evaluate | measured | 1 of 2 | 2 |" in text
@@ -226,7 +227,8 @@ def test_the_report_is_of_what_is_there(root):
     assert "| without_x | 2 | 0.250 (0.250 to 0.250) |  |  |" in text
     assert "python recipes/evaluate.py --config build/proof/full_seen/seed_1/recipe.yaml" in text
     data = read_json(root / "docs/worlds/proof.json")
-    assert data["pooled"]["sibling_fact_recall"]["pdt"]["n"] == 80 and len(data["bars"]) == 1
+    assert data["pooled"]["sibling_fact_recall"]["pdt"]["n"] == 80
+    assert [bar["met"] for bar in data["bars"]] == [False, *[None] * 30]
 
 
 @pytest.mark.parametrize("name", ["proof", "proof_smoke"])

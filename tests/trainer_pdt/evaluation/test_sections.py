@@ -103,7 +103,9 @@ def test_impossible_choices_are_refused(changes, message):
 
 
 def test_sections_are_kept_for_the_same_arguments_and_adapters(tmp_path, monkeypatch):
-    ran = []
+    ran, seconds = [], []
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(sections, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     made = {
         "recall": lambda evaluation: ran.append("recall") or {"sibling_fact_recall": {"pdt": 1.0}},
         "calibration": lambda evaluation: ran.append("calibration") or {"coverage": {"threshold": {"mean": 0.4}}},
@@ -117,6 +119,7 @@ def test_sections_are_kept_for_the_same_arguments_and_adapters(tmp_path, monkeyp
         evaluation.model.pdt_parameters = lambda: {"a": torch.full((2,), adapters)}
         evaluation.adopt_calibration = evaluation.adopted.append
         report = run_sections(evaluation)
+        seconds.append(report.pop("seconds"))
         assert report == {
             "sibling_fact_recall": {"pdt": 1.0},
             "calibration": {"coverage": {"threshold": {"mean": 0.4}}},
@@ -131,6 +134,8 @@ def test_sections_are_kept_for_the_same_arguments_and_adapters(tmp_path, monkeyp
     assert run(threads=1, suite="standard", judge={"model": "m"}, bert_score={})[0] == []
     assert run(eval_seed=3)[0] == list(made)
     assert run(eval_seed=3, adapters=2.0)[0] == list(made)
+    # Ten for each section, in whichever call it was measured.
+    assert set(seconds) == {30.0}
     before = read_json(tmp_path / "sections/text.json")
     assert run(resume=False)[0] == list(made)
     assert read_json(tmp_path / "sections/text.json") == before
