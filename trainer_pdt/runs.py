@@ -87,7 +87,8 @@ class Run:
         """The result of the finished run, to be kept as `RESULT_FILE`."""
         result = {"settings": self.mark, "case": self.case, "seed": self.seed, "seconds": round(seconds, 1)}
         if self.script == EVALUATE:
-            return {**result, "seconds": read_json(self.folder / "evaluation.json")["seconds"], "git": [git_state()]}
+            evaluation = read_json(self.folder / "evaluation.json")
+            return {**result, "seconds": evaluation["seconds"], "git": evaluation["git"]}
         if self.script == TRUNK:
             return {**result, "git": [git_state()]}
         values, manifest, report = (

@@ -44,7 +44,7 @@ def proof(tmp_path, monkeypatch):
         elif command[1] == runs.EVALUATE:
             assert Path(options["model"], "training_report.json").is_file()
             recall = {"pdt": {"mean": 1.0, "n": 2}}
-            write_json(folder / "evaluation.json", {"sibling_fact_recall": recall, "seconds": 60.0})
+            write_json(folder / "evaluation.json", {"sibling_fact_recall": recall, "seconds": 60.0, "git": []})
             write_json(folder / "documents.json", {"sibling_fact_recall/pdt": [[1, 1], [1, 1]]})
 
     monkeypatch.setattr(runs.subprocess, "run", run)

@@ -54,6 +54,8 @@ class Reference:
         timing (`str`): ``"feasible"`` stated in a visible round, ``"pending"`` in an earlier round that the lag still
             hides, ``"same"`` in the same round, ``"late"`` afterwards, ``"evicted"`` too long ago, ``"never"``.
         follows (`bool`): The value is the one of the document whose notes were swapped in.
+        source_timing (`str`, *optional*): Over two hops, `timing` of what the source had to repeat, for its first
+            statement: ``"feasible"`` where it could read the fact, anything else where it had to guess.
     """
 
     stream: int
@@ -69,6 +71,7 @@ class Reference:
     is_repeat: bool
     timing: Timing
     follows: bool = False
+    source_timing: Timing | None = None
 
     @property
     def consistent(self) -> bool:
@@ -288,7 +291,12 @@ def _reference(
     source = owners[source_cue]
     statement = first.get(source_cue)
     round_read = texts[stream].round_of(mention.start)
-    source_round = texts[source].round_of(statement.end - 1) if statement else None
+    source_round = _round_of_statement(source_cue, owners, first, texts)
+    linked_cue = _source_cue(source_cue, source, owners) if source_cue == mention.cue else None
+    source_timing = None
+    if linked_cue is not None and statement is not None:
+        linked_round = _round_of_statement(linked_cue, owners, first, texts)
+        source_timing = _timing(texts[source].round_of(statement.start), linked_round, lag, capacity)
     return Reference(
         stream=stream,
         cue=mention.cue,
@@ -298,12 +306,20 @@ def _reference(
         source=source,
         source_value=statement.value if statement else None,
         source_round=source_round,
-        hops=2 if source_cue == mention.cue and CUES[source_cue].source in owners else 1,
+        hops=1 if linked_cue is None else 2,
         is_link=source_cue != mention.cue,
         is_repeat=mention.cue in seen,
         timing=_timing(round_read, source_round, lag, capacity),
         follows=swapped_values is not None and swapped_values.get(source_cue) == mention.value,
+        source_timing=source_timing,
     )
+
+
+def _round_of_statement(
+    cue: str, owners: Mapping[str, int], first: Mapping[str, Mention], texts: Sequence[StreamText]
+) -> int | None:
+    """Round in which the owner's first statement of a fact was complete; `None` if it never stated it."""
+    return texts[owners[cue]].round_of(first[cue].end - 1) if cue in first else None
 
 
 def _timing(round_read: int, source_round: int | None, lag: int, capacity: int) -> Timing:

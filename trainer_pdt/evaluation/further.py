@@ -44,13 +44,15 @@ def two_hop(evaluation: "Evaluation") -> dict[str, Any]:
     Section `two_hop`: facts that a stream repeats from a sibling that itself only repeats them, and the first hop.
 
     `linked` is the sibling's own statement, which has to equal a third stream's fact; `repeated` is what the stream
-    makes of it. Both only where the source is visible.
+    makes of it, `guessed` the same where the sibling could not read the third stream's fact when it stated its own:
+    what is then on the bus contradicts itself. All only where the source is visible.
     """
     documents = two_hop_documents(_count(evaluation, "two_hop"))
     logger.info("writing %d documents with facts over two hops", len(documents))
     hops: dict[str, Callable[[Reference], bool]] = {
         "linked": lambda entry: entry.is_link,
-        "repeated": lambda entry: entry.hops == 2,
+        "repeated": lambda entry: entry.hops == 2 and entry.source_timing == "feasible",
+        "guessed": lambda entry: entry.hops == 2 and entry.source_timing != "feasible",
     }
     counts = {name: _counts(evaluation, documents, write) for name, write in _bounds(evaluation).items()}
     return {

@@ -12,7 +12,11 @@ WAYS: dict[str, str] = {
 }
 """Ways of writing, with their names for a reader."""
 
-HOPS = {"linked": "linked fact: equals a sibling's fact", "repeated": "repeats a sibling's linked fact"}
+HOPS = {
+    "linked": "linked fact: equals a sibling's fact",
+    "repeated": "repeats a sibling's linked fact, which that sibling could read",
+    "guessed": "repeats a sibling's linked fact, which that sibling had to guess",
+}
 
 FACTORS = {
     "bus_lag": "lag",

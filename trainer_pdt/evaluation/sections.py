@@ -10,7 +10,7 @@ from typing import Any
 
 from modeling_pdt import PDTForParallelDecoding
 
-from ..telemetry import fingerprint, read_json, write_json
+from ..telemetry import fingerprint, git_state, read_json, write_json
 from . import answers, further, given_text, heads, oracle
 from .note_usage import note_usage
 from .suite import Evaluation
@@ -76,10 +76,10 @@ def run_sections(evaluation: Evaluation) -> dict[str, Any]:
         evaluation ([`Evaluation`]): What is measured; with `resume`, what other adapters reached is measured again.
 
     Returns:
-        `dict[str, Any]`: Content of `evaluation.json` without settings and bars; `seconds` is what all sections took,
-            in earlier calls too.
+        `dict[str, Any]`: Content of `evaluation.json` without settings and bars. `seconds` is what all sections took
+            and `git` the states of the code that measured them, in earlier calls too.
     """
-    arguments, report, seconds = evaluation.arguments, {}, 0.0
+    arguments, report, seconds, states = evaluation.arguments, {}, 0.0, []
     adapters = adapters_mark(evaluation.model) if arguments.resume else ""
     settings = {key: value for key, value in asdict(arguments).items() if key not in WITHOUT_EFFECT}
     for name in arguments.sections:
@@ -87,22 +87,23 @@ def run_sections(evaluation: Evaluation) -> dict[str, Any]:
         mark = fingerprint({"adapters": adapters, "section": name, **choices})
         path = Path(arguments.output_folder) / SECTIONS_FOLDER / f"{name}.json"
         may_be_kept = arguments.resume and name not in NEVER_KEPT
-        kept = read_json(path) if may_be_kept and path.is_file() else {}
+        kept: dict[str, Any] = read_json(path) if may_be_kept and path.is_file() else {}
         if kept.get("settings") == mark:
             logger.info("%s: finished before, kept", name)
-            value, took = kept["value"], kept.get("seconds", 0.0)
             if name == "calibration":
-                evaluation.adopt_calibration(value)
+                evaluation.adopt_calibration(kept["value"])
         else:
             started = time.perf_counter()
             value = SECTIONS[name](evaluation)
-            took = time.perf_counter() - started
-            logger.info("%s: %.0f s", name, took)
+            kept = {"settings": mark, "seconds": time.perf_counter() - started, "git": git_state(), "value": value}
+            logger.info("%s: %.0f s", name, kept["seconds"])
             if may_be_kept:
-                write_json(path, {"settings": mark, "seconds": took, "value": value})
-        seconds += took
-        report |= value if name in NAMED else {KEYS.get(name, name): value}
-    return {**report, "seconds": round(seconds, 1)}
+                write_json(path, kept)
+        seconds += kept.get("seconds", 0.0)  # sections of earlier versions know neither
+        if kept.get("git") not in states:
+            states.append(kept.get("git"))
+        report |= kept["value"] if name in NAMED else {KEYS.get(name, name): kept["value"]}
+    return {**report, "seconds": round(seconds, 1), "git": states}
 
 
 def take_documents(report: Mapping[str, Any], path: str = "") -> tuple[dict[str, Any], dict[str, Any]]:

@@ -83,6 +83,25 @@ def test_linked_fact_and_two_hops():
     link, two_hop = count_document(document, texts).references
     assert (link.is_link, link.hops, link.consistent, link.source, link.timing) == (True, 1, True, 0, "feasible")
     assert (two_hop.is_link, two_hop.hops, two_hop.consistent, two_hop.source) == (False, 2, False, 1)
+    assert (link.source_timing, two_hop.source_timing) == (None, "feasible")
+
+
+@pytest.mark.parametrize(
+    ("source", "linked", "timing", "read"),
+    [
+        (in_rounds("The main crop oats."), in_rounds("a ", "The feast dish oats."), "feasible", "feasible"),
+        (in_rounds("The main crop oats."), in_rounds("The feast dish rye."), "feasible", "same"),
+        (in_rounds("a ", "The main crop oats."), in_rounds("The feast dish rye."), "feasible", "late"),
+        (in_rounds("a ", "b "), in_rounds("The feast dish rye."), "feasible", "never"),
+        (in_rounds("The main crop oats."), in_rounds("a "), "never", None),
+    ],
+)
+def test_over_two_hops_it_counts_whether_the_source_could_read_what_it_states(source, linked, timing, read):
+    document = make_document(("main crop", 0), ("feast dish", 1))
+    reader = in_rounds("a ", "b ", "The feast dish rye is far.")
+    references = count_document(document, [source, linked, reader]).references
+    (two_hop,) = [entry for entry in references if entry.stream == 2]
+    assert (two_hop.hops, two_hop.timing, two_hop.source_timing) == (2, timing, read)
 
 
 def test_swapped_values_and_plan_adherence():

@@ -44,7 +44,7 @@ def test_bounds_stand_beside_the_model():
 
 def test_hops_have_counts():
     (row,) = hops_table(EVALUATION).rows
-    assert row == ["repeats a sibling's linked fact", "0.600 (7)", "0.100 (6)", ""]
+    assert row == ["repeats a sibling's linked fact, which that sibling could read", "0.600 (7)", "0.100 (6)", ""]
 
 
 def test_curves_have_a_row_per_value():

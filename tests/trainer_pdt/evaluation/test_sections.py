@@ -103,8 +103,9 @@ def test_impossible_choices_are_refused(changes, message):
 
 
 def test_sections_are_kept_for_the_same_arguments_and_adapters(tmp_path, monkeypatch):
-    ran, seconds = [], []
+    ran, seconds, states, code = [], [], [], ["first"]
     clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(sections, "git_state", lambda: code[0])
     monkeypatch.setattr(sections, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     made = {
         "recall": lambda evaluation: ran.append("recall") or {"sibling_fact_recall": {"pdt": 1.0}},
@@ -120,6 +121,7 @@ def test_sections_are_kept_for_the_same_arguments_and_adapters(tmp_path, monkeyp
         evaluation.adopt_calibration = evaluation.adopted.append
         report = run_sections(evaluation)
         seconds.append(report.pop("seconds"))
+        states.append(report.pop("git"))
         assert report == {
             "sibling_fact_recall": {"pdt": 1.0},
             "calibration": {"coverage": {"threshold": {"mean": 0.4}}},
@@ -130,7 +132,9 @@ def test_sections_are_kept_for_the_same_arguments_and_adapters(tmp_path, monkeyp
     assert run() == (["recall", "calibration", "text"], [])
     assert run() == ([], [{"coverage": {"threshold": {"mean": 0.4}}}])
     (tmp_path / "sections/text.json").unlink()
+    code[0] = "second"
     assert run(threads=1)[0] == ["text"]
+    assert states == [["first"], ["first"], ["first", "second"]]
     assert run(threads=1, suite="standard", judge={"model": "m"}, bert_score={})[0] == []
     assert run(eval_seed=3)[0] == list(made)
     assert run(eval_seed=3, adapters=2.0)[0] == list(made)
@@ -175,7 +179,7 @@ def test_further_sections_compare_with_what_could_be_reached():
     slots = [options.get("slots") for name, _, options in evaluation.writers.calls if name == "write_full_text"]
     assert slots == [None, 4]
     hops = further.two_hop(evaluation)
-    assert set(hops) == {"linked", "repeated"}
+    assert set(hops) == {"linked", "repeated", "guessed"}
     assert all(set(found) == {"pdt", "ablated", "sequential"} for found in hops.values())
     assert hops["linked"]["pdt"]["n"] > 0 and hops["repeated"]["pdt"]["mean"] == 1.0
     parallel = [options for name, _, options in evaluation.writers.calls if name == "write_parallel"]
