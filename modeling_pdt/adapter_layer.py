@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from .attention_start import start_from_attention
 from .configuration_adapter import PDTAdapterConfig
 from .heads import PDTHeads
 from .note_states import NoteStates, equal_runs
@@ -66,8 +67,12 @@ class PDTStack(nn.Module, BaseTunerLayer):
             for _ in range(sites)
         )
         projection = heads.writer.out.weight.detach()
-        for snc in self.pdt_snc[adapter_name]:
+        for site, snc in zip(self._sites(config), self.pdt_snc[adapter_name], strict=True):
             snc.reset_parameters(config.snc_init, projection)
+            # After the last layer there is no attention to start from; what was trained comes from a file.
+            has_start = site < len(self.base_layer.layers) and not config.trained_parts
+            if config.snc_init == "trunk_attention" and has_start:
+                start_from_attention(snc, self.base_layer.layers[site], projection, f"layer {site}")
         heads.agreement.reader.reset_parameters("trunk_space", projection)
         self.pdt_stream_adapters[adapter_name] = nn.ModuleList(
             StreamAdapter(

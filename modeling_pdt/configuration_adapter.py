@@ -6,7 +6,7 @@ from peft import PeftConfig, PeftType
 
 WRITER_TAPS = ("mid", "top")
 SNC_PLACEMENTS = ("between", "after_attention")
-SNC_INITS = ("trunk_space", "zero")
+SNC_INITS = ("trunk_space", "trunk_attention", "zero")
 GATE_MODES = ("scalar", "per_head", "dynamic")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh")
 # Head names that carry a ``trained`` flag; decoding uses a head's verdict only after it was trained.
@@ -64,7 +64,10 @@ class PDTAdapterConfig(PeftConfig):
             before the norm of the MLP; needs decoder layers of the usual pre-norm form.
         snc_init (`str`, *optional*, defaults to `"trunk_space"`):
             `"trunk_space"`: projections start as (sub-)identities, so that a note acts as a trunk state.
-            `"zero"`: as before with the output projection at zero, so that the model starts as its trunk.
+            `"trunk_attention"`: SNC before (or in) a layer starts from that layer's own attention, see
+            [`~modeling_pdt.attention_start.start_from_attention`]; after the last layer, in trunk space. Needs as
+            many `snc_heads` as the trunk has.
+            `"zero"`: in trunk space with the output projection at zero, so that the model starts as its trunk.
         spectral_norm (`float`, *optional*):
             Largest singular value that the start and every training step leave to the matrices of SNC and of the
             stream adapters; 1 and above leaves the trunk-space start as it is. Defaults to no limit.
@@ -103,7 +106,7 @@ class PDTAdapterConfig(PeftConfig):
     writer_tap: str = field(default="mid", metadata={"help": "States that notes are written from: mid or top."})
     snc_heads: int | None = field(default=None, metadata={"help": "Heads of shared-notes cross-attention."})
     snc_placement: str = field(default="between", metadata={"help": "between or after_attention."})
-    snc_init: str = field(default="trunk_space", metadata={"help": "trunk_space or zero."})
+    snc_init: str = field(default="trunk_space", metadata={"help": "trunk_space, trunk_attention or zero."})
     spectral_norm: float | None = field(
         default=None, metadata={"help": "Largest singular value of the matrices of SNC and stream adapters."}
     )

@@ -65,7 +65,7 @@ class SharedNotesCrossAttention(nn.Module):
     Args:
         width (`int`), notes_dim (`int`), num_heads (`int`): D, N and H.
         gate_mode (`str`), gate_init (`float`): See [`NotesGate`].
-        init (`str`): `"trunk_space"` or `"zero"`.
+        init (`str`): See [`reset_parameters`].
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SharedNotesCrossAttention(nn.Module):
         Starts in trunk space: query and output identities, key and value the transpose of the notes' projection.
 
         Args:
-            init (`str`): `"trunk_space"`, or `"zero"` for an output projection of zeros.
+            init (`str`): `"zero"` for an output projection of zeros; anything else, trunk space.
             note_projection_ND (`torch.Tensor` of shape `[N, D]`, *optional*): Rows that map states to notes.
         """
         width, notes_dim = self.k_proj.weight.shape
