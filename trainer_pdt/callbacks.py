@@ -1,7 +1,8 @@
 """Carries the curriculum out: who learns at which step, what a stage begins with, and what a run writes down."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import logging
 
 from modeling_pdt import PDTForParallelDecoding
 
-from .curriculum import PARAMETER_GROUPS, Curriculum
+from .curriculum import PARAMETER_GROUPS, Curriculum, Stage
 from .guard import LossGuard
 from .sharding import optimizer_tensors, write_through
 from .telemetry import write_report, write_stage_history
@@ -53,27 +54,43 @@ def is_gate(name: str) -> bool:
     return name.endswith(".gate.logit")
 
 
-class _GradientMask:
-    """Gradient hook of one parameter: passes the gradient while its group learns, else zeros it."""
+def carries_values(name: str) -> bool:
+    """Whether a PDT parameter is of the part `values`: the writer's output, SNC's values and outputs."""
+    is_projection = name.endswith(("v_proj.weight", "o_proj.weight"))
+    return name.endswith(".writer.out.weight") or (is_projection and parameter_group(name) == "snc")
 
-    def __init__(self, multipliers: dict[str, float], group: str) -> None:
-        self.multipliers, self.group = multipliers, group
+
+def part_of(name: str) -> tuple[str, bool]:
+    """What a stage may give a PDT parameter a learning rate by: its group, and whether it is of the part `values`."""
+    return parameter_group(name), carries_values(name)
+
+
+def learns(name: str, stage: Stage) -> bool:
+    """Whether a stage trains a PDT parameter."""
+    return stage.multiplier(*part_of(name)) > 0
+
+
+class _GradientMask:
+    """Gradient hook of one parameter: passes the gradient while its part learns, else zeros it."""
+
+    def __init__(self, multipliers: dict[tuple[str, bool], float], part: tuple[str, bool]) -> None:
+        self.multipliers, self.part = multipliers, part
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient if self.multipliers[self.group] > 0 else torch.zeros_like(gradient)
+        return gradient if self.multipliers[self.part] > 0 else torch.zeros_like(gradient)
 
 
-def settle_gradients(parameters: Mapping[str, nn.Parameter], train: Sequence[str]) -> None:
+def settle_gradients(parameters: Mapping[str, nn.Parameter], stage: Stage) -> None:
     """
     After a backward pass: a gradient for every parameter that learns, zero where no loss has reached it, as processes
     that wait for each other have it; none for the others, for which an optimizer then keeps no moments.
 
     Args:
         parameters (`Mapping[str, nn.Parameter]`): PDT parameters by name.
-        train (`Sequence[str]`): Groups of `PARAMETER_GROUPS` that learn.
+        stage ([`Stage`]): Says which of them learn.
     """
     for name, parameter in parameters.items():
-        if parameter_group(name) not in train:
+        if not learns(name, stage):
             parameter.grad = None
         elif parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -95,7 +112,7 @@ class StageCallback(TrainerCallback):
 
     def __init__(self, curriculum: Curriculum, model: PDTForParallelDecoding) -> None:
         self.curriculum, self.model = curriculum, model
-        self.multipliers = dict.fromkeys(PARAMETER_GROUPS, 1.0)
+        self.multipliers = dict.fromkeys(product(PARAMETER_GROUPS, (False, True)), 1.0)
         self.handles: list[Any] = []
 
     def on_train_begin(
@@ -104,7 +121,7 @@ class StageCallback(TrainerCallback):
         """Registers the gradient masks."""
         self._remove_hooks()
         for name, parameter in self.model.pdt_parameters().items():
-            self.handles.append(parameter.register_hook(_GradientMask(self.multipliers, parameter_group(name))))
+            self.handles.append(parameter.register_hook(_GradientMask(self.multipliers, part_of(name))))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,9 +131,9 @@ class StageCallback(TrainerCallback):
         stage = self.curriculum.stage_at(step)
         if step in self.curriculum.starts:
             self._begin_stage(step, optimizer)
-        self.multipliers.update({group: stage.multiplier(group) for group in PARAMETER_GROUPS})
+        self.multipliers.update({part: stage.multiplier(*part) for part in self.multipliers})
         for group, rate in zip(optimizer.param_groups, kwargs["lr_scheduler"].get_last_lr(), strict=True):
-            group["lr"] = rate * self.multipliers[group["pdt_group"]]
+            group["lr"] = rate * self.multipliers[group["pdt_group"], group["pdt_values"]]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,9 +144,10 @@ class StageCallback(TrainerCallback):
     def _begin_stage(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         stage = self.curriculum.stage_at(step)
         earlier = self.curriculum.stages[: self.curriculum.index_at(step)]
-        goes_on = {group for group in stage.train if earlier and group in earlier[-1].train}
         for index, group in enumerate(optimizer.param_groups):
-            if group["pdt_group"] not in goes_on:
+            part = group["pdt_group"], group["pdt_values"]
+            goes_on = bool(earlier) and stage.multiplier(*part) > 0 and earlier[-1].multiplier(*part) > 0
+            if not goes_on:
                 for tensor in optimizer_tensors(optimizer, index):
                     optimizer.state.pop(tensor, None)
         if "agreement" in stage.train and not any("agreement" in before.train for before in earlier):

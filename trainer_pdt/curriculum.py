@@ -22,6 +22,9 @@ PARAMETER_GROUPS: dict[str, str] = {
 }
 """Groups of trainable parameters that a stage may train, with what belongs to them."""
 
+VALUES, OWNERS_OF_VALUES = "values", ("snc", "writer")
+"""The part of two groups that carries what notes say: the writer's output, SNC's values and outputs."""
+
 WRITING_GROUPS: tuple[str, ...] = ("snc", "stream_adapters", "writer", "encoder")
 """Groups that decide what a stream writes; the others only judge it, or tell plans apart."""
 
@@ -114,6 +117,8 @@ class Stage:
         item_drop (`float`, *optional*, defaults to 0.0): Probability that a token of a plan item's text is hidden, so
             that items are recognised in other words too.
         lr_scale (`dict[str, float]`, *optional*): Learning-rate factor above 0 of trained groups; 1 when missing.
+            `values`, the part of `snc` and `writer` that carries what notes say, may have one more on top of its
+            group's; there 0 leaves it as it is.
         data (`str`, *optional*, defaults to `"clean"`): `"corrupted"` = rows with planted contradictions; `"own"` =
             rows that the model itself has written, judged by the parser of the procedural worlds; only in a stage
             that trains none of `WRITING_GROUPS`.
@@ -169,9 +174,10 @@ class Stage:
                 )
         if len(set(self.train)) != len(self.train):
             raise ValueError(f"{where}.train={list(self.train)} repeats a group, allowed: each at most once.")
+        has_values = any(group in self.train for group in OWNERS_OF_VALUES)
         for group, scale in self.lr_scale.items():
-            check_choice(f"{where}.lr_scale", group, self.train)
-            check_range(f"{where}.lr_scale.{group}", scale, 0.0, above=True)
+            check_choice(f"{where}.lr_scale", group, (*self.train, VALUES) if has_values else self.train)
+            check_range(f"{where}.lr_scale.{group}", scale, 0.0, above=group != VALUES)
 
     def _check_losses(self, where: str) -> None:
         for loss, weight in self.losses.items():
@@ -215,10 +221,12 @@ class Stage:
         check_choice("loss", loss, LOSS_NAMES)
         return self.losses.get(loss, 0.0) > 0
 
-    def multiplier(self, group: str) -> float:
-        """Factor of `group`'s learning rate; 0 = frozen."""
+    def multiplier(self, group: str, of_values: bool = False) -> float:
+        """Factor of the learning rate of `group`, or of its part `values`; 0 = frozen."""
         check_choice("group", group, PARAMETER_GROUPS)
-        return float(self.lr_scale.get(group, 1.0)) if group in self.train else 0.0
+        if group not in self.train:
+            return 0.0
+        return float(self.lr_scale.get(group, 1.0)) * float(self.lr_scale.get(VALUES, 1.0) if of_values else 1.0)
 
 
 @dataclass(frozen=True)
@@ -289,9 +297,9 @@ class Curriculum:
         """The stage in force at `step`; see `index_at`."""
         return self.stages[self.index_at(step)]
 
-    def multiplier(self, step: int, group: str) -> float:
-        """Factor of the learning rate of `group` at `step`; 0 = frozen."""
-        return self.stage_at(step).multiplier(group)
+    def multiplier(self, step: int, group: str, of_values: bool = False) -> float:
+        """[`Stage.multiplier`] of the stage at `step`."""
+        return self.stage_at(step).multiplier(group, of_values)
 
     def history(self) -> list[dict[str, Any]]:
         """Records of all stages for telemetry: place, steps, who learns and who is frozen, and all settings."""

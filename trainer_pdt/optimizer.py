@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from modeling_pdt import PDTForParallelDecoding
 
 from .arguments import PDTTrainingArguments
-from .callbacks import is_gate, parameter_group
+from .callbacks import is_gate, part_of
 from .sharding import write_through
 
 OWN_PARAMETERS = ("params", "model", "optimizer_dict")
@@ -19,24 +19,26 @@ OWN_PARAMETERS = ("params", "model", "optimizer_dict")
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], args: PDTTrainingArguments) -> list[dict[str, Any]]:
     """
-    Param groups by component (`pdt_group`), gates apart with their own rate; no decay on vectors and gates.
+    Param groups by component (`pdt_group`), the part `values` (`pdt_values`) and gates apart with their own rates; no
+    decay on vectors and gates.
 
     Args:
         parameters (`Mapping[str, nn.Parameter]`): PDT parameters by name.
         args ([`PDTTrainingArguments`]): Rates and decay.
     """
-    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decays = parameter.dim() > 1 and not is_gate(name)
-        groups.setdefault((parameter_group(name), is_gate(name), decays), []).append(parameter)
+        groups.setdefault((*part_of(name), is_gate(name), decays), []).append(parameter)
     return [
         {
-            "params": groups[key],
-            "pdt_group": key[0],
-            "lr": args.learning_rate * (args.gate_lr_scale if key[1] else 1.0),
-            "weight_decay": args.weight_decay if key[2] else 0.0,
+            "params": parameters,
+            "pdt_group": group,
+            "pdt_values": of_values,
+            "lr": args.learning_rate * (args.gate_lr_scale if gates else 1.0),
+            "weight_decay": args.weight_decay if decays else 0.0,
         }
-        for key in sorted(groups)
+        for (group, of_values, gates, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
     ]
 
 

@@ -74,7 +74,7 @@ class RecoverableTrainer(StreamCountTrainer):
         # DeepSpeed keeps gradients elsewhere, flat.
         if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
             parameters = self.model.pdt_parameters()
-            settle_gradients(parameters, self.curriculum.stage_at(self.state.global_step).train)
+            settle_gradients(parameters, self.curriculum.stage_at(self.state.global_step))
             if self.accelerator.is_fsdp2:
                 average_gradients(parameter for parameter in parameters.values() if parameter.grad is not None)
         self.guard.add(loss, documents)

@@ -25,7 +25,7 @@ from modeling_pdt.hub_layout import copy_code
 from .arguments import PDTTrainingArguments
 from .balance import DistillationBalance
 from .branches import run_branches
-from .callbacks import ReportCallback, StageCallback, parameter_group
+from .callbacks import ReportCallback, StageCallback, learns
 from .checkpoints import (
     COMPLETE_FILE,
     check_resumable,
@@ -161,7 +161,7 @@ class PDTTrainer(RecoverableTrainer):
             return stage.losses
         if self.balance.is_due(*self._micro):
             named = self.model.pdt_parameters().items()
-            learning = [parameter for name, parameter in named if parameter_group(name) in stage.train]
+            learning = [parameter for name, parameter in named if learns(name, stage)]
             norms = self.accelerator.reduce(self.balance.measure(parts, stage, learning), "mean")
             self.balance.update(norms, self._micro[0])
         return self.balance.weights(stage)

@@ -227,9 +227,8 @@ def pdt_side(workload: Workload, name: str) -> Side:
         use_cpu=arguments.device == "cpu",
         **choices,
     )
-    trainer = PDTTrainer(
-        model, training, Curriculum.from_list([stage], 1), processing_class=workload.tokenizer, train_dataset=[None]
-    )
+    curriculum = Curriculum.from_list([stage], 1)
+    trainer = PDTTrainer(model, training, curriculum, processing_class=workload.tokenizer, train_dataset=[None])
     optimizer, parameters = trainer.create_optimizer(), list(model.pdt_parameters().values())
     batches = workload.batches(trainer.data_collator)
     model.train()
@@ -238,7 +237,7 @@ def pdt_side(workload: Workload, name: str) -> Side:
         optimizer.zero_grad()
         loss = trainer.compute_loss(model, batches[index % len(batches)])
         loss.backward()
-        settle_gradients(model.pdt_parameters(), LEARNING)
+        settle_gradients(model.pdt_parameters(), curriculum.stages[0])
         return finish(loss, parameters, optimizer)
 
     return Side(step, batches, model.trunk)

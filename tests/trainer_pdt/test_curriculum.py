@@ -72,6 +72,20 @@ def test_multiplier():
         curriculum.multiplier(0, "trunk")
 
 
+def test_values_have_a_factor_of_their_own():
+    entry = dict(STAGES[1], until=1.0)
+    stage = Curriculum.from_list([{**entry, "lr_scale": {"snc": 0.5, "values": 0.1}}], 8).stages[0]
+    assert stage.multiplier("snc") == 0.5 and stage.multiplier("snc", True) == pytest.approx(0.05)
+    assert stage.multiplier("writer") == 1.0 and stage.multiplier("writer", True) == 0.1
+    kept = Curriculum.from_list([{**entry, "lr_scale": {"values": 0}}], 8)
+    assert kept.multiplier(0, "snc") == 1.0 and kept.multiplier(0, "snc", True) == 0.0
+    with pytest.raises(ValueError, match=r"lr_scale.values=-1"):
+        Curriculum.from_list([{**entry, "lr_scale": {"values": -1}}], 8)
+    heads = {"name": "heads", "until": 1.0, "train": ["coverage"], "losses": {"cov": 1.0}}
+    with pytest.raises(ValueError, match=r"lr_scale: 'values' is unknown"):
+        Curriculum.from_list([{**heads, "lr_scale": {"values": 0.1}}], 8)
+
+
 def test_a_loss_of_weight_zero_is_not_active():
     bus = Curriculum.from_list(STAGES, 40).stages[1]
     assert bus.active_losses == ("lm_ce",)

@@ -14,7 +14,7 @@ from modeling_pdt import PDTAdapterConfig, PDTForParallelDecoding
 from tests.tiny_training import BUS_STAGE, HEAD_STAGE, make_features, make_maker, make_model, make_trainer, weights
 from trainer_pdt import PDTTrainingArguments
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
-from trainer_pdt.callbacks import is_gate, parameter_group
+from trainer_pdt.callbacks import carries_values, is_gate, parameter_group
 from trainer_pdt.curriculum import PARAMETER_GROUPS
 from trainer_pdt.data.publish import documents_to_dataset
 from trainer_pdt.data.worlds import WorldOptions, generate_document, generate_documents
@@ -158,6 +158,34 @@ def test_only_what_learns_has_gradients_and_moments(tmp_path):
     trainer.add_callback(Seen())
     trainer.train()
     assert seen == [{"writer", "encoder"}] * 4 + [{"encoder", "coverage"}] * 4
+
+
+def test_what_notes_carry_may_learn_more_slowly_or_stay(tmp_path):
+    stages = [
+        {**BUS_STAGE, "lr_scale": {"values": 0}, "until": 0.5},
+        {**BUS_STAGE, "name": "slowly", "lr_scale": {"values": 0.1}, "until": 1.0},
+    ]
+    model = make_model()
+    named = model.pdt_parameters()
+    ends = ("0.v_proj.weight", "0.o_proj.weight", ".writer.out.weight")
+    values = {name for name in named if name.endswith(ends) and "agreement" not in name}
+    assert len(values) == 3 and values <= {name for name in named if carries_values(name)}
+    start, seen = {name: parameter.detach().clone() for name, parameter in named.items()}, []
+
+    class Seen(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            groups = kwargs["optimizer"].param_groups
+            rates = {group["pdt_values"]: group["lr"] for group in groups if group["pdt_group"] == "writer"}
+            same = {name for name in values if torch.equal(named[name], start[name])}
+            with_moments = {name for name in values if named[name] in kwargs["optimizer"].state}
+            seen.append((rates[True] / rates[False] if rates[False] else None, same, with_moments))
+
+    make_trainer(tmp_path, stages, model, max_steps=4, warmup_steps=0, callbacks=[Seen()]).train()
+    assert seen[:2] == [(0.0, values, set())] * 2
+    assert [rate for rate, _, _ in seen[2:]] == pytest.approx([0.1, 0.1])
+    assert seen[2][1:] == (set(), values)
+    queries = [name for name in named if name.endswith("0.q_proj.weight") and "agreement" not in name]
+    assert queries and not any(torch.equal(named[name], start[name]) for name in queries)
 
 
 def test_trunk_bytes_do_not_change(tmp_path):
