@@ -92,6 +92,7 @@ def test_a_full_disk_is_said_once_it_matters(tmp_path, monkeypatch):
     assert "the newest 1 checkpoints stay instead of 3" in said[1]
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_milestones_and_stage_ends(tmp_path):
     trainer = make_trainer(tmp_path, TWO_STAGES, max_steps=20, save_strategy="steps", save_steps=7, save_total_limit=2)
     trainer.train()

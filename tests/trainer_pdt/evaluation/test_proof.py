@@ -111,7 +111,7 @@ def test_the_committed_report_is_what_its_records_say(tmp_path):
     assert len(restored) == len(list(records.rglob("*.json.gz"))), "a record is of other settings than the recipes'"
     evaluated = [run for run in pieces[arguments.main] if run in restored]
     reports = [read_json(run.folder / "evaluation.json") for run in evaluated]
-    pooled = Pooled(reports, [read_json(run.folder / "documents.json") for run in evaluated], draws=20)
+    pooled = Pooled(reports, [read_json(run.folder / "documents.json") for run in evaluated], draws=2)
     committed = {row["name"]: row["seeds"] for row in read_json(records.parent / "proof.json")["bars"]}
     found = {row["name"]: row["seeds"] for row in check_proof(pooled)}
     assert len(found) > 20 and found == {name: pytest.approx(seeds) for name, seeds in committed.items()}
