@@ -173,7 +173,7 @@ def test_two_hop_documents_have_a_repeated_linked_fact():
 
 def test_further_sections_compare_with_what_could_be_reached():
     names = FURTHER_SECTIONS[:2]
-    evaluation = make_evaluation(sections=list(names), section_documents=dict.fromkeys(names, 12))
+    evaluation = make_evaluation(sections=list(names), section_documents=dict.fromkeys(names, 24))
     text = further.note_text(evaluation)
     assert set(text) == {"pdt", "sequential", "full_text", "note_text"}
     slots = [options.get("slots") for name, _, options in evaluation.writers.calls if name == "write_full_text"]
@@ -182,6 +182,14 @@ def test_further_sections_compare_with_what_could_be_reached():
     assert set(hops) == {"linked", "repeated", "guessed"}
     assert all(set(found) == {"pdt", "ablated", "sequential"} for found in hops.values())
     assert hops["linked"]["pdt"]["n"] > 0 and hops["repeated"]["pdt"]["mean"] == 1.0
+    documents = two_hop_documents(24)
+    second = [
+        entry.source_timing
+        for count in count_written(documents, written_of(documents).texts, evaluation.lag, evaluation.capacity)
+        for entry in count.select("feasible", lambda entry: entry.hops == 2)
+    ]
+    assert 0 < hops["repeated"]["pdt"]["n"] == second.count("feasible") < len(second)
+    assert hops["guessed"]["pdt"]["n"] == len(second) - second.count("feasible")
     parallel = [options for name, _, options in evaluation.writers.calls if name == "write_parallel"]
     assert parallel and all(options["agreement_threshold"] is None for options in parallel)
 
