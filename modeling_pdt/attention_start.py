@@ -53,7 +53,7 @@ def start_from_attention(
 def check_attention(attention: nn.Module, heads: int, name: str) -> None:
     """Raises a `ValueError` that says what an attention lacks to be a start for SNC with so many heads."""
     where = f"snc_init='trunk_attention', {name}: {type(attention).__name__}"
-    missing = [part for part in PROJECTIONS if not isinstance(getattr(attention, part, None), nn.Module)]
+    missing = [part for part in PROJECTIONS if not hasattr(getattr(attention, part, None), "weight")]
     if missing:
         raise ValueError(f"{where} has no {', '.join(missing)}; allowed: an attention with {', '.join(PROJECTIONS)}.")
     packed = [part for part in PROJECTIONS if not getattr(attention, part).weight.is_floating_point()]
