@@ -57,7 +57,8 @@ class WorldOptions:
         heldout_values (`bool`, *optional*): False draws training values, True only held-out ones, None any.
         heldout_wordings (`bool`, *optional*): The same for plan wordings.
         seed (`int`): Another seed is another benchmark.
-        foreign_values (`bool`): Give every fact a value of any type, in place of its cue's.
+        foreign_values (`bool`): Give every fact a value of any type, in place of its cue's; linked facts are then
+            facts like all others.
     """
 
     num_streams: int = 3
@@ -163,7 +164,7 @@ def generate_document(
     if options.foreign_values:
         avoid = fact_values(generate_document(split, index, options, with_notes=False)) if values_variant else {}
         rng = _rng(f"{key}/foreign/{values_variant}")
-        document = with_foreign_values(document, rng, options.heldout_values, avoid)
+        document = with_foreign_values(without_links(document), rng, options.heldout_values, avoid)
     return annotate(document, subject, _rng(key + "/notes")) if with_notes else document
 
 
@@ -184,13 +185,33 @@ def with_foreign_values(
         avoid (`Mapping[str, str]`, *optional*): By cue, a value that it must not get.
     """
     avoid = avoid or {}
-    roots = {span.cue: CUES[span.cue].source or span.cue for stream in document.streams for span in stream.spans}
+    spans = [(span, stream.stream_id) for stream in document.streams for span in stream.spans]
+    linked = {span.cue for span, stream in spans if span.kind == "sibling" and span.owner == stream}
+    roots = {span.cue: CUES[span.cue].source if span.cue in linked else span.cue for span, _ in spans}
     values: dict[str, str] = {}
     for root in sorted(set(roots.values())):
         while values.get(root) in (None, avoid.get(root)) or list(values.values()).count(values[root]) > 1:
             values[root] = rng.choice(values_of(rng.choice(list(CUES)), heldout_values))
     streams = tuple(
         stream.with_values({number: values[roots[span.cue]] for number, span in enumerate(stream.spans)})
+        for stream in document.streams
+    )
+    return replace(document, streams=streams)
+
+
+def without_links(document: Document) -> Document:
+    """
+    The document with its linked facts as facts like all others, which their owner chooses.
+
+    For new values that need not be equal any more: a section that decodes states a linked fact before it can read
+    the other one now and then, and its siblings have to repeat what it stated.
+    """
+
+    def free(span: Span, stream: int) -> Span:
+        return replace(span, kind="own" if span.owner == stream else span.kind, hops=1)
+
+    streams = tuple(
+        replace(stream, spans=tuple(free(span, stream.stream_id) for span in stream.spans))
         for stream in document.streams
     )
     return replace(document, streams=streams)

@@ -13,6 +13,7 @@ from trainer_pdt.data.worlds import (
     fact_values,
     generate_document,
     generate_documents,
+    with_foreign_values,
 )
 from trainer_pdt.data.worlds_lexicon import (
     CUES,
@@ -52,22 +53,35 @@ def documents(count: int, split: str = "train", **options):
 
 
 def test_foreign_values_leave_only_the_cue_to_tell_facts_apart():
-    typed = stated = 0
+    typed = stated = linked = 0
     for hard in (False, True):
         for document in documents(40, hard=hard, foreign_values=True):
             assert "foreign_values" in document.split_tags and parse_all(document) == stated_all(document)
             values = {}
             for stream in document.streams:
                 for span in stream.spans:
-                    values.setdefault(CUES[span.cue].source or span.cue, set()).add(span.value)
+                    values.setdefault(span.cue, set()).add(span.value)
+                    # Linked facts are chosen by their owners, as all others are.
+                    assert span.hops == 1 and (span.kind == "own") is (span.owner == stream.stream_id)
                     typed += span.value in values_of(span.cue)
                     stated += 1
                     assert HELDOUT.isdisjoint(span.value.split())
             assert all(len(said) == 1 for said in values.values())
             assert len(set.union(*values.values())) == len(values)
+            linked += any(CUES[cue].source for cue in values)
             for stream in document.streams:
                 assert {fact.object for fact in stream.notes.facts} == {span.value for span in stream.spans}
-    assert typed < 0.15 * stated
+    assert typed < 0.15 * stated and linked > 3
+
+
+def test_foreign_values_may_leave_links_as_they_are():
+    kept = 0
+    for document in documents(40):
+        said = fact_values(with_foreign_values(document, random.Random(0)))
+        links = [cue for cue in said if CUES[cue].source in said]
+        assert all(said[cue] == said[CUES[cue].source] for cue in links)
+        kept += len(links)
+    assert kept > 3
 
 
 def test_a_foreign_twin_has_another_value_for_every_fact():
