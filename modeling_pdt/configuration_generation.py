@@ -56,6 +56,8 @@ class PDTGenerationConfig(GenerationConfig):
             `"stall"`: a block that disagrees is not withdrawn; its stream waits for notes that the streams it reads
             write next and is judged again by them, up to `max_retries` times.
         agreement_threshold (`float`, *optional*): A block whose agreement is below is withdrawn. `None`: gate off.
+        agreement_scaling (`list[float]`, *optional*): `[slope, intercept]` of the agreement head's logit, so that an
+            agreement of 0.9 means that 9 of 10 such blocks may stand (Platt scaling). `None`: the logit as it is.
         gate_scale (`float`, *optional*, defaults to 1.0): Multiplies the SNC gate; 0 silences it.
         gate_annealing (`dict`, *optional*): Fields of [`GateAnnealing`]. `None`: the gate scale stays.
         flicker_guard (`dict`, *optional*): Fields of [`FlickerGuard`], for an annealed gate or a plan.
@@ -86,6 +88,7 @@ class PDTGenerationConfig(GenerationConfig):
         self.commit_policy = kwargs.pop("commit_policy", "stream")
         self.retry_policy = kwargs.pop("retry_policy", "refresh")
         self.agreement_threshold = kwargs.pop("agreement_threshold", None)
+        self.agreement_scaling = kwargs.pop("agreement_scaling", None)
         self.gate_scale = kwargs.pop("gate_scale", 1.0)
         self.gate_annealing = kwargs.pop("gate_annealing", None)
         self.flicker_guard = kwargs.pop("flicker_guard", None)
@@ -116,11 +119,21 @@ class PDTGenerationConfig(GenerationConfig):
         check_integer(owner, "outline_max_new_tokens", self.outline_max_new_tokens, 1)
         if self.agreement_threshold is not None:
             check_range(owner, "agreement_threshold", self.agreement_threshold, 0, 1)
+        self._check_scaling(owner)
         check_choice(owner, "plan", self.plan, PLAN_SOURCES)
         self._check_bus(owner)
         for name, kind in POLICIES.items():
             make_policy(kind, f"{owner}.{name}", getattr(self, name))
         check_choice(owner, "retry_policy", self.retry_policy, RETRY_POLICIES)
+
+    def _check_scaling(self, owner: str) -> None:
+        name, scaling = "agreement_scaling", self.agreement_scaling
+        if scaling is None:
+            return
+        if not isinstance(scaling, (list, tuple)) or len(scaling) != 2:
+            raise ValueError(f"{owner}.{name} must be None or [slope, intercept], got {scaling!r}.")
+        check_range(owner, f"{name}[0]", scaling[0], 0.001, 1000)
+        check_range(owner, f"{name}[1]", scaling[1], -1000, 1000)
 
     def _check_bus(self, owner: str) -> None:
         check_choice(owner, "retention", self.retention, RETENTION_MODES)

@@ -3,7 +3,7 @@
 Letters: M rows at a block boundary, L block tokens, W notes, P plan items, N note width, D trunk width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,7 @@ def agreement_of(
     own_notes_MKN: torch.Tensor,
     coverage_MP: torch.Tensor | None,
     items_mask_MP: torch.Tensor | None,
+    scaling: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """Probability `[M]` that each block may stand beside the notes given; see [`AgreementHead.token_logits`]."""
     tokens = states_MLD.shape[1]
@@ -65,7 +66,13 @@ def agreement_of(
         own[:, None, :].expand(-1, tokens, -1),
         coverage[:, None].expand(-1, tokens),
     )
-    return soft_minimum(logits, mask_ML[:, None, :])[:, 0].sigmoid()
+    return agreement_probability(soft_minimum(logits, mask_ML[:, None, :])[:, 0], scaling)
+
+
+def agreement_probability(logits: torch.Tensor, scaling: Sequence[float] | None) -> torch.Tensor:
+    """Agreements from block logits; `scaling` is `agreement_scaling` of [`PDTGenerationConfig`]."""
+    slope, intercept = scaling or (1.0, 0.0)
+    return (slope * logits + intercept).sigmoid()
 
 
 def lowest_failing(agreement_M: torch.Tensor, failing_M: torch.Tensor, prompt_M: torch.Tensor) -> torch.Tensor:

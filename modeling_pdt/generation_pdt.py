@@ -319,9 +319,8 @@ class ParallelDecoder:
             def score() -> torch.Tensor:
                 lag = torch.zeros_like(round_M) if self.stalling is None else self.stalling.lag(rows_M)
                 window, window_mask = self._window(self._request(rows_M, round_M, lag))
-                agreement = agreement_of(
-                    heads, states, previous, mask, window, window_mask, notes, coverage_MP, present_MP
-                )
+                judged = (states, previous, mask, window, window_mask, notes, coverage_MP, present_MP)
+                agreement = agreement_of(heads, *judged, self.settings.agreement_scaling)
                 return self.interventions.agreement(agreement, rows_M, round_M, streams.attempt_R[rows_M])
 
             threshold = self.settings.agreement_threshold

@@ -35,6 +35,7 @@ class Settings:
     retry_temperature: float
     commit_policy: str
     agreement_threshold: float | None
+    agreement_scaling: list[float] | None
     gate_scale: float
     gate_annealing: GateAnnealing | None
     flicker_guard: FlickerGuard | None
@@ -103,6 +104,7 @@ def resolve_settings(model: Any, config: PDTGenerationConfig, num_streams: int, 
         retry_temperature=config.retry_temperature,
         commit_policy=config.commit_policy,
         agreement_threshold=threshold,
+        agreement_scaling=config.agreement_scaling,
         gate_scale=config.gate_scale,
         logit_blend=config.logit_blend,
         coverage_threshold=config.coverage_threshold,

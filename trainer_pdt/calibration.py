@@ -1,11 +1,12 @@
-"""Thresholds of the coverage and agreement heads by a stated rule, with curves, calibration error and intervals.
+"""Thresholds of the coverage and agreement heads by a stated rule, with curves, calibration error and intervals;
+and what makes agreements shares of blocks that may stand.
 
 Letters: N judgements, D documents, K thresholds, B bootstrap samples.
 """
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ JUDGEABLE_FALSE_ALARMS = 0.035
 far below the .05 of the bar that the end of an interval on other documents can meet it."""
 
 BINS = 10
+
+LEAST_SLOPE = 0.001
+"""Of a scaling: below it, the head tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,49 @@ RULES: dict[str, tuple[Callable[[Judgements, Tensor], Tensor], str]] = {
     "best_f1": (threshold_by_f1, "the threshold of 0.02, 0.04, ..., 0.98 with the best F1, the lowest of equals"),
 }
 """Rules of calibration and what they say."""
+
+
+def fit_scaling(judgements: Judgements) -> list[float] | None:
+    """
+    `[slope, intercept]` of logits under which the judgements are most likely.
+
+    Platt scaling, with his targets that stay short of 0 and 1 (Platt 1999, Probabilistic Outputs for Support Vector
+    Machines).
+
+    Args:
+        judgements ([`Judgements`]): Probabilities without any scaling.
+
+    Returns:
+        `list[float]`, or `None` where one class is missing or a higher probability does not speak for the event.
+    """
+    truth_N = judgements.truth_N.double()
+    true, false = float(truth_N.sum()), float((1 - truth_N).sum())
+    if not true or not false:
+        return None
+    target_N = torch.where(judgements.truth_N, (true + 1) / (true + 2), 1 / (false + 2))
+    logit_N = torch.logit(judgements.probability_N, eps=1e-7)
+    inputs_N2 = torch.stack([logit_N, torch.ones_like(logit_N)], dim=1)
+    scaling_2 = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scaling_2], max_iter=100, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(inputs_N2 @ scaling_2, target_N)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    slope, intercept = scaling_2.tolist()
+    return [slope, intercept] if slope >= LEAST_SLOPE else None
+
+
+def scaled(judgements: Judgements, scaling: Sequence[float] | None) -> Judgements:
+    """The judgements as they are under a scaling of [`fit_scaling`]."""
+    if scaling is None:
+        return judgements
+    slope, intercept = scaling
+    logit_N = torch.logit(judgements.probability_N, eps=1e-7)
+    return replace(judgements, probability_N=(slope * logit_N + intercept).sigmoid())
 
 
 def assess(judgements: Judgements, threshold: float, samples: int = 500, seed: int = 0) -> dict[str, Any]:

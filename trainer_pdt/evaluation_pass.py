@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modeling_pdt import PDTForParallelDecoding, PDTOutput, Rollout
+from modeling_pdt.gate import agreement_probability
 
 from .branches import Targets, build_rollout, build_targets, reread, silence
 from .losses import IGNORE_INDEX, redundancy, supervised_positions, supervised_values, token_ce, token_kl
@@ -139,7 +140,7 @@ class TeacherForcedMetrics:
                 heads_only=True,
             )
             threshold = UNCALIBRATED if config.agreement_threshold is None else config.agreement_threshold
-            found = out.agreement_logits.sigmoid() < threshold
+            found = agreement_probability(out.agreement_logits, config.agreement_scaling) < threshold
             judged = view["judgeable"] & counted_R[:, None]
             self._add_found("agreement", found, view["contradicts"], judged)
             self._add("agreement_accuracy", (found == view["contradicts"])[judged])

@@ -253,9 +253,12 @@ def write_thresholds(folder: str | Path, head: str, report: Mapping[str, Any]) -
     return write_json(Path(folder) / f"{head}_thresholds.json", content)
 
 
-def read_thresholds(folder: str | Path) -> dict[str, float]:
-    """`{"agreement_threshold", "coverage_threshold"}` of the files of [`write_thresholds`] that `folder` holds."""
-    found = {}
+def read_thresholds(folder: str | Path) -> dict[str, Any]:
+    """
+    `{"agreement_threshold", "agreement_scaling", "coverage_threshold"}` of the files of [`write_thresholds`] that
+    `folder` holds; a scaling that agreements have not is `None`.
+    """
+    found: dict[str, Any] = {}
     for head in THRESHOLD_HEADS:
         path, name = Path(folder) / f"{head}_thresholds.json", f"{head}_threshold"
         if path.is_file():
@@ -263,6 +266,8 @@ def read_thresholds(folder: str | Path) -> dict[str, float]:
             if content.get("schema") != TELEMETRY_SCHEMA_VERSION:
                 raise ValueError(f"{path}: schema={content.get('schema')!r}, allowed: {TELEMETRY_SCHEMA_VERSION}.")
             found[name] = _probability(name, content.get(name))
+            if head == "agreement":
+                found["agreement_scaling"] = content.get("agreement_scaling")
     return found
 
 

@@ -251,6 +251,8 @@ def test_generation_defaults():
         ("retry_policy", "again", "refresh"),
         ("plan", "outline", "planner"),
         ("agreement_threshold", 1.5, "[0, 1]"),
+        ("agreement_scaling", 0.5, "[slope, intercept]"),
+        ("agreement_scaling", [0.5], "[slope, intercept]"),
         ("gate_scale", -0.1, "[0, 10]"),
         ("gate_scale", float("nan"), "[0, 10]"),
         ("coverage_threshold", 2, "[0, 1]"),
@@ -261,6 +263,12 @@ def test_generation_range_errors_name_field_value_and_range(field, value, allowe
     with pytest.raises(ValueError) as error:
         PDTGenerationConfig(**{field: value})
     assert all(word in str(error.value) for word in (field, repr(value), allowed))
+
+
+def test_generation_scaling_keeps_the_order_of_agreements():
+    for scaling, words in (([0, 1], r"agreement_scaling\[0\] must be in"), ([1, "x"], r"agreement_scaling\[1\]")):
+        with pytest.raises(ValueError, match=words):
+            PDTGenerationConfig(agreement_scaling=scaling)
 
 
 def test_generation_unknown_key_is_an_error(tmp_path):
@@ -283,6 +291,7 @@ def test_generation_round_trip(tmp_path):
         "max_retries": 0,
         "retry_policy": "stale",
         "agreement_threshold": 0.25,
+        "agreement_scaling": [0.5, -1.0],
         "gate_scale": 0.0,
         "coverage_threshold": 0.75,
         "outline_max_new_tokens": 9,

@@ -228,6 +228,19 @@ def drawn(decoder, monkeypatch):
         return draws, decoder.run()
 
 
+def test_scaled_agreements_are_of_the_same_blocks(judged):
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 12, "eos_token_id": None, "return_dict_in_generate": True}
+
+    def agreements(**chosen):
+        events = judged.generate(ids, **options, **chosen).trace.events
+        return torch.tensor([event["agreement"] for event in events if event["kind"] == "commit"])
+
+    plain, mended = agreements(), agreements(agreement_scaling=[0.5, 1.0])
+    assert torch.allclose(mended, (0.5 * plain.logit() + 1).sigmoid(), atol=1e-5)
+    assert len(plain) > 3 and not torch.allclose(plain, mended, atol=1e-3)
+
+
 def test_a_forced_rollback_leaves_the_siblings_draws_alone(judged, monkeypatch):
     plain, _ = drawn(decoder_for(judged, prompts=1), monkeypatch)
     decoder = decoder_for(judged, prompts=1, agreement_threshold=0.5)

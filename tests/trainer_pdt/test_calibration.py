@@ -18,8 +18,10 @@ from trainer_pdt.calibration import (
     calibrate,
     confusion,
     expected_calibration_error,
+    fit_scaling,
     ratios,
     save_calibration,
+    scaled,
     threshold_by_f1,
     threshold_by_false_alarms,
 )
@@ -123,6 +125,36 @@ def test_calibration_error_by_hand():
     assert float(expected_calibration_error(judgements, once(judgements))) == pytest.approx((0.25 + 0.05) / 2)
 
 
+def drawn_by(slope, intercept, count=4000, seed=1):
+    """Judgements whose events happen as often as scaled probabilities say."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(count, generator=generator, dtype=torch.float64)
+    truths = torch.rand(count, generator=generator) < (slope * logits + intercept).sigmoid()
+    return judged(list(zip(logits.sigmoid().tolist(), truths.tolist(), strict=True)), finds=False)
+
+
+def test_scaling_finds_what_the_head_is_wrong_by():
+    judgements = drawn_by(0.6, 0.9)
+    scaling = fit_scaling(judgements)
+    assert scaling == pytest.approx([0.6, 0.9], abs=0.1)
+    mended = scaled(judgements, scaling)
+    errors = [float(expected_calibration_error(some, once(some))) for some in (judgements, mended)]
+    assert errors[0] > 0.1 and errors[1] < 0.03
+    assert torch.equal(mended.probability_N.argsort(), judgements.probability_N.argsort())
+    assert fit_scaling(mended) == pytest.approx([1.0, 0.0], abs=1e-3)
+
+
+def test_scaling_stays_finite_and_needs_both_classes():
+    slope, intercept = fit_scaling(judged([(0.1, False), (0.2, False), (0.8, True), (0.9, True)]))
+    assert 0 < slope < 10 and abs(intercept) < 10
+    certain = scaled(judged([(0.0, False), (1.0, True)]), [2.0, 0.0])
+    assert certain.probability_N.tolist() == pytest.approx([0, 1]) and bool(certain.probability_N.isfinite().all())
+    assert fit_scaling(judged([(0.5, True), (0.7, True)])) is None
+    assert fit_scaling(judged([(0.1, True), (0.2, True), (0.8, False), (0.9, False)])) is None
+    judgements = judged([(0.5, True)])
+    assert scaled(judgements, None) is judgements
+
+
 def test_weights_count_documents_as_often_as_they_were_drawn():
     documents = [[(0.2, True)], [(0.4, True), (0.6, False)], [(0.8, True)]]
     judgements = Judgements.of(documents, finds=True)
@@ -173,7 +205,10 @@ def test_thresholds_are_read_back_by_generation(tmp_path):
     model = make_model()
     documents = random_rows()
     calibration = {
-        "agreement": calibrate(Judgements.of(documents, finds=False), "false_alarms", samples=20),
+        "agreement": {
+            **calibrate(Judgements.of(documents, finds=False), "false_alarms", samples=20),
+            "agreement_scaling": [0.5, 0.25],
+        },
         "coverage": calibrate(Judgements.of(documents, finds=True), "best_f1", samples=20),
     }
     paths = save_calibration(model, calibration, tmp_path)
@@ -185,11 +220,14 @@ def test_thresholds_are_read_back_by_generation(tmp_path):
         assert read_json(tmp_path / f"{head}_thresholds.json")[f"{head}_threshold"] == value
         for config in (model.generation_config, loaded, fresh):
             assert getattr(config, f"{head}_threshold") == value
+    assert all(config.agreement_scaling == [0.5, 0.25] for config in (model.generation_config, loaded, fresh))
 
 
 def test_a_missing_report_leaves_its_threshold(tmp_path):
     model = make_model()
     agreement = calibrate(judged([(0.25, True)], finds=False), "false_alarms", samples=2)
+    model.generation_config.agreement_scaling = [2.0, 0.0]
     assert len(save_calibration(model, {"agreement": agreement}, tmp_path)) == 1
+    assert model.generation_config.agreement_scaling is None
     assert model.generation_config.agreement_threshold == 0.25
     assert model.generation_config.coverage_threshold == 0.5

@@ -204,9 +204,14 @@ def test_thresholds_are_written_and_read_back(tmp_path):
     assert content["agreement_threshold"] == content["selected_point"]["threshold"] == 0.4
     assert content["threshold_interval"] == [0.2, None] and content["rule"] == "a rule"
     assert content["roc_points"][0] == threshold_report(0.4)["points"][0]
-    assert telemetry.read_thresholds(tmp_path) == {"agreement_threshold": 0.4}
+    assert telemetry.read_thresholds(tmp_path) == {"agreement_threshold": 0.4, "agreement_scaling": None}
     telemetry.write_thresholds(tmp_path, "coverage", threshold_report(1))
-    assert telemetry.read_thresholds(tmp_path) == {"agreement_threshold": 0.4, "coverage_threshold": 1.0}
+    telemetry.write_thresholds(tmp_path, "agreement", {**threshold_report(0.4), "agreement_scaling": [0.5, 1.0]})
+    assert telemetry.read_thresholds(tmp_path) == {
+        "agreement_threshold": 0.4,
+        "agreement_scaling": [0.5, 1.0],
+        "coverage_threshold": 1.0,
+    }
 
 
 def test_thresholds_that_are_none_are_refused(tmp_path):

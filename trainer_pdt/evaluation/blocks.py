@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modeling_pdt import PDTForParallelDecoding, Rollout
+from modeling_pdt.gate import agreement_probability
 
 from ..branches import build_rollout, silence
 from ..collator import PDTDataCollator
@@ -157,12 +158,13 @@ def _score_batch(model: PDTForParallelDecoding, inputs: dict[str, Tensor]) -> di
     gap_M = _log_probability(silent.logits, targets) - _log_probability(first.logits, targets)
     gap = torch.full(section.shape, float("-inf"))
     gap[section] = gap_M
+    scaling = model.generation_config.agreement_scaling
     rounds = torch.arange(fresh.rounds)[None, :, None]
     member = inputs["read_round"][:, None, :] == rounds
     gap_RV = gap[:, None, :].masked_fill(~member, float("-inf")).amax(dim=-1)
     return {
-        "disagreement": 1 - first.agreement_logits.sigmoid(),
-        "zeroed": 1 - zeroed.agreement_logits.sigmoid(),
+        "disagreement": 1 - agreement_probability(first.agreement_logits, scaling),
+        "zeroed": 1 - agreement_probability(zeroed.agreement_logits, scaling),
         "logp_gap": gap_RV,
     }
 

@@ -11,7 +11,7 @@ from modeling_pdt import PDTForParallelDecoding
 from ..data.counting import DocumentCounts, Reference, matching_chance, reference_rate
 from ..data.schema import Document
 from .documents import held_out_documents, two_hop_documents
-from .modes import PARALLEL_MODES, Written, write_full_text, write_parallel, write_sequential
+from .modes import PARALLEL_MODES, Written, calibrated_gate, write_full_text, write_parallel, write_sequential
 from .scoring import count_written, rate_dict, reference_classes, rollback_counts
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ def _point(evaluation: "Evaluation", number: int, factor: str, value: int) -> di
 
 def _threshold_point(evaluation: "Evaluation", number: int, factor: str, value: float) -> dict[str, Any]:
     documents = held_out_documents("test", number, 0)
-    written = _write_pdt(evaluation, documents, **{factor: value})
+    evaluation.calibration()
+    written = _write_pdt(evaluation, documents, **{**calibrated_gate(evaluation.model), factor: value})
     return rollback_counts(
         count_written(documents, written.texts, evaluation.lag, evaluation.capacity), written.events
     )

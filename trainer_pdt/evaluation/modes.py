@@ -75,6 +75,12 @@ def section_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], b
     return StreamText(tokenizer.decode(tokens), ends)
 
 
+def calibrated_gate(model: PDTForParallelDecoding) -> dict[str, Any]:
+    """The commit gate as it is calibrated here, as options of `generate`: worker processes have the model as loaded."""
+    config = model.generation_config
+    return {"agreement_threshold": config.agreement_threshold, "agreement_scaling": config.agreement_scaling}
+
+
 def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Consecutive slices of at most `size`."""
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -13,7 +13,7 @@ from modeling_pdt.interventions import Intervention, RandomGate
 from ..data.counting import DocumentCounts
 from ..data.schema import Document
 from .documents import held_out_documents
-from .modes import Written, batches, write_parallel
+from .modes import Written, batches, calibrated_gate, write_parallel
 from .scoring import KNOWN_TIMINGS, count_written, rollback_counts
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def rollback_controls(evaluation: "Evaluation") -> dict[str, Any]:
     """
     evaluation.calibration()
     documents = held_out_documents("test", evaluation.arguments.section_documents["rollback_controls"], 0)
-    threshold = evaluation.model.generation_config.agreement_threshold
-    if threshold is None:
+    gate = calibrated_gate(evaluation.model)
+    if gate["agreement_threshold"] is None:
         raise ValueError("agreement_threshold is None and could not be calibrated; give more documents.")
     common, lag, capacity = evaluation.common(), evaluation.lag, evaluation.capacity
 
@@ -133,8 +133,8 @@ def rollback_controls(evaluation: "Evaluation") -> dict[str, Any]:
     stale, bus = {"retry_policy": "stale"}, {"lag": lag, "capacity": capacity}
     result = {
         "none": measured("none", agreement_threshold=None),
-        "head": measured("head", agreement_threshold=threshold),
-        "head_stale": measured("head_stale", agreement_threshold=threshold, **stale),
+        "head": measured("head", **gate),
+        "head_stale": measured("head_stale", **gate, **stale),
     }
     chance = RandomGate(result["head"]["blocks_rolled"] / max(1, result["head"]["blocks"]), common["seed"])
     result["random"] = measured("random", agreement_threshold=0.5, interventions=[chance])

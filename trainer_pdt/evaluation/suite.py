@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_pdt import PDTForParallelDecoding
 from modeling_pdt.interventions import RandomGate
 
-from ..calibration import Judgements, assess, calibrate
+from ..calibration import Judgements, assess, calibrate, fit_scaling, scaled
 from ..collator import PDTDataCollator
 from ..data.counting import DocumentCounts, matching_chance, reference_rate
 from ..data.schema import Document
@@ -29,6 +29,7 @@ from .modes import (
     PARALLEL_MODES,
     Written,
     batches,
+    calibrated_gate,
     twin_prompts,
     write_full_text,
     write_parallel,
@@ -126,8 +127,7 @@ class Evaluation:
 
     def _way(self, mode: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         """What writes a mode, and the options that make it one."""
-        threshold = self.model.generation_config.agreement_threshold if mode == "pdt_gate" else None
-        parallel: dict[str, Any] = {"agreement_threshold": threshold}
+        parallel: dict[str, Any] = calibrated_gate(self.model) if mode == "pdt_gate" else {"agreement_threshold": None}
         if mode in PARALLEL_MODES:
             parallel["interventions"] = PARALLEL_MODES[mode]()
         ways: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -150,25 +150,32 @@ class Evaluation:
 
         `coverage` and `agreement` are reports of [`calibrate`]; `agreement_planted` is the agreement head on planted
         contradictions in the same documents, at the same threshold. A head without the judgements that its rule needs
-        has no report and keeps its threshold.
+        has no report and keeps its threshold. Agreements are scaled first, by the blocks that repeat a fact that can
+        be judged; `agreement` has the `agreement_scaling`.
         """
         if self._calibration is None:
             core, hard = self.arguments.calibration_kinds()
             logger.info("calibrating on %d core and %d hard validation documents", core, hard)
             documents = held_out_documents("validation", core, hard)
             written = self.writers(write_parallel, documents, agreement_threshold=None, **self.common())
+            config = self.model.generation_config
+            config.agreement_scaling = None
             own = self.score(block_scores.documents_from_texts(documents, written.texts))
             covered = Judgements.of(coverage_decisions(documents, written.texts, written.events), finds=True)
             stands = Judgements.of(block_scores.agreement_decisions(own), finds=False)
+            agrees = block_scores.block_decisions(own, len(documents), lambda score: 1 - score.disagreement)
+            judgeable = Judgements.of(agrees, finds=False)
+            config.agreement_scaling = fit_scaling(judgeable)
+            stands, judgeable = (scaled(some, config.agreement_scaling) for some in (stands, judgeable))
             self._calibration = {}
             for head, judgements, rule in (("agreement", stands, "false_alarms"), ("coverage", covered, "best_f1")):
                 self._set_threshold(head, judgements, rule)
-            agrees = block_scores.block_decisions(own, len(documents), lambda score: 1 - score.disagreement)
-            judgeable = Judgements.of(agrees, finds=False)
+            if "agreement" in self._calibration:
+                self._calibration["agreement"]["agreement_scaling"] = config.agreement_scaling
             if bool(judgeable.truth_N.any()):
                 self._calibration["agreement_judgeable"] = calibrate(judgeable, "judgeable_false_alarms")
             planted = block_scores.agreement_decisions(self.score(documents, "corrupted"))
-            threshold = self.model.generation_config.agreement_threshold
+            threshold = config.agreement_threshold
             if planted and threshold is not None:
                 self._calibration["agreement_planted"] = assess(Judgements.of(planted, finds=False), threshold)
         return self._calibration
@@ -179,6 +186,7 @@ class Evaluation:
         for head in ("agreement", "coverage"):
             if head in calibration:
                 setattr(self.model.generation_config, f"{head}_threshold", calibration[head]["threshold"]["mean"])
+        self.model.generation_config.agreement_scaling = calibration.get("agreement", {}).get("agreement_scaling")
 
     def _set_threshold(self, head: str, judgements: Judgements, rule: str) -> None:
         config, name = self.model.generation_config, f"{head}_threshold"
@@ -237,10 +245,9 @@ class Evaluation:
 
     def rollback(self) -> dict[str, Any]:
         """Section `rollback`: the calibrated gate, beside no gate, stale notes, and blocks chosen at random."""
-        threshold = self.model.generation_config.agreement_threshold
         self.write("pdt")
         self.write("pdt_gate")
-        self.write("pdt_gate_stale", agreement_threshold=threshold, retry_policy="stale")
+        self.write("pdt_gate_stale", **calibrated_gate(self.model), retry_policy="stale")
         rolled = rollback_counts(self.counts["pdt_gate"], self.written["pdt_gate"].events)
         chance = RandomGate(rolled["blocks_rolled"] / max(1, rolled["blocks"]), self.arguments.eval_seed)
         self.write("pdt_gate_random", agreement_threshold=0.5, interventions=[chance])

@@ -179,6 +179,9 @@ def calibration_table(evaluation: Mapping[str, Any]) -> Table:
         entries += [(f"{label}: {name.replace('_', ' ')}", report.get(name)) for name in names]
         if report.get("rule"):
             rules.append(f"{label}: {report['rule']}")
+    scaling = part(evaluation, "calibration", "agreement").get("agreement_scaling")
+    if scaling is not None:
+        rules.append("an agreement is the sigmoid of {:.2f} times the head's logit {:+.2f}".format(*scaling))
     note = "Validation documents; intervals resample documents." + "".join(f" {rule}." for rule in rules)
     rows = _rows(entries)
     return Table("Calibration", ("measure", "value", "95 % interval", "n"), rows, note if rows else "")

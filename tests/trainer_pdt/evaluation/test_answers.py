@@ -32,7 +32,8 @@ def evaluation():
     made = Evaluation.__new__(Evaluation)
     made.documents, made.control_documents = held_out_documents("test", 20, 1), held_out_documents("test", 24, 2)
     made.model = SimpleNamespace(
-        generation_config=SimpleNamespace(agreement_threshold=0.25), config=SimpleNamespace(block_size=12)
+        generation_config=SimpleNamespace(agreement_threshold=0.25, agreement_scaling=[0.5, 1.0]),
+        config=SimpleNamespace(block_size=12),
     )
     made.arguments = EvaluationArguments(suite="full")
     made.features = SimpleNamespace(
@@ -53,7 +54,7 @@ def test_every_mode_is_written_its_own_way(evaluation):
     gate_off = {"agreement_threshold": None, "seed": 0}
     expected = {
         "pdt": ("write_parallel", {**gate_off, "interventions": []}),
-        "pdt_gate": ("write_parallel", {**gate_off, "agreement_threshold": 0.25}),
+        "pdt_gate": ("write_parallel", {**gate_off, "agreement_threshold": 0.25, "agreement_scaling": [0.5, 1.0]}),
         "independent": ("write_parallel", {**gate_off, "trunk_only": True}),
         "sequential": ("write_sequential", {"seed": 0}),
         "sequential_again": ("write_sequential", {"seed": suite.OTHER_DRAWS}),

@@ -1,6 +1,7 @@
 """Wall-clock ratios, arguments of the evaluation, and its sections on a tiny random model."""
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer, GptOssForCausalLM
 
 from modeling_pdt import PDTForParallelDecoding
+from trainer_pdt.calibration import Judgements, expected_calibration_error, fit_scaling
 from trainer_pdt.data.counting import StreamText
 from trainer_pdt.data.schema import Document
 from trainer_pdt.data.worlds import generate_documents
@@ -16,10 +18,11 @@ from trainer_pdt.evaluation import suite
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.benchmark import overhead_vs_shared_prefill, parallel_vs_single, ratio_summary, timed
+from trainer_pdt.evaluation.blocks import BlockScore, block_decisions
 from trainer_pdt.evaluation.documents import held_out_documents
 from trainer_pdt.evaluation.given_text import text
 from trainer_pdt.evaluation.heads import agreement, coverage, flagged, thinned
-from trainer_pdt.evaluation.modes import PARALLEL_MODES
+from trainer_pdt.evaluation.modes import PARALLEL_MODES, calibrated_gate
 from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.trunk import TrunkArguments, trunk_config
 
@@ -231,6 +234,37 @@ def test_agreement_section_calibrates_on_clean_text(evaluation, monkeypatch):
     assert calibration["agreement_planted"]["selected_point"]["threshold"] == result["threshold"]
 
 
+def test_agreements_are_scaled_by_judgeable_blocks(evaluation, monkeypatch):
+    """The head's own logits are what is scaled, whatever an earlier calibration left."""
+    rng, config = random.Random(0), evaluation.model.generation_config
+    events = [[] for _ in range(8)]
+    written = SimpleNamespace(texts=[[StreamText("So it is.")] * 3] * 8, events=events, results=[])
+    monkeypatch.setattr(suite, "write_parallel", lambda *_, **options: written)
+    blocks = []
+    for document in range(8):
+        for round_number in range(40):
+            # Half as likely to be wrong as the head says, and blocks that repeat nothing never are.
+            disagreement, judgeable = rng.random(), rng.random() < 0.5
+            wrong = judgeable and rng.random() < disagreement / 2
+            blocks.append(BlockScore(document, 0, round_number, wrong, judgeable, disagreement, 0.5, 0.0))
+    seen = []
+
+    def score(documents, view="clean"):
+        seen.append(config.agreement_scaling)
+        return blocks
+
+    monkeypatch.setattr(evaluation, "score", score)
+    config.agreement_scaling = [3.0, 1.0]
+    report = evaluation.calibration()
+    assert seen == [None, report["agreement"]["agreement_scaling"]] and config.agreement_scaling == seen[1]
+    decided = block_decisions(blocks, 8, lambda block: 1 - block.disagreement)
+    judgements = Judgements.of(decided, finds=False)
+    assert config.agreement_scaling == fit_scaling(judgements)
+    before = float(expected_calibration_error(judgements, judgements.weights(0)))
+    assert report["agreement_judgeable"]["expected_calibration_error"]["mean"] < 0.07 < before
+    assert 0.02 < report["agreement"]["false_positive_rate"]["mean"] <= 0.03
+
+
 def test_thresholds_are_set_on_the_kinds_of_documents_that_are_judged(evaluation, monkeypatch):
     def write(model, tokenizer, documents, **options):
         raise InterruptedError([document.document_id.split("-")[:2] for document in documents])
@@ -268,11 +302,13 @@ def test_a_head_without_judgements_keeps_its_threshold(evaluation, monkeypatch, 
 
 
 def test_an_earlier_calibration_is_taken_over(evaluation):
-    calibration = {"agreement": {"threshold": {"mean": 0.125}}, "coverage": {"threshold": {"mean": 0.75}}}
+    agreement = {"threshold": {"mean": 0.125}, "agreement_scaling": [0.5, 1.0]}
+    calibration = {"agreement": agreement, "coverage": {"threshold": {"mean": 0.75}}}
     evaluation.adopt_calibration(calibration)
     assert evaluation.calibration() is calibration
     config = evaluation.model.generation_config
     assert (config.agreement_threshold, config.coverage_threshold) == (0.125, 0.75)
+    assert calibrated_gate(evaluation.model) == {"agreement_threshold": 0.125, "agreement_scaling": [0.5, 1.0]}
 
 
 def test_text_is_counted_by_document(evaluation):

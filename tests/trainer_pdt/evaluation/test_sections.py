@@ -47,7 +47,7 @@ class Writes:
 
 def make_evaluation(tmp_path=None, **arguments):
     """What sections share, without a model that could write."""
-    generation = SimpleNamespace(agreement_threshold=0.25, coverage_threshold=0.5)
+    generation = SimpleNamespace(agreement_threshold=0.25, agreement_scaling=[0.5, 1.0], coverage_threshold=0.5)
     return SimpleNamespace(
         arguments=EvaluationArguments(output_folder=str(tmp_path), **arguments),
         model=SimpleNamespace(
@@ -209,7 +209,7 @@ def test_curves_vary_one_factor_at_a_time():
     assert "blocks_rolled" in found["agreement_threshold"]["0.5"]
     calls = [(name, options) for name, _, options in evaluation.writers.calls]
     assert ("write_in_blocks", {"seed": 0, "agreement_threshold": None, "block_size": 24}) in calls
-    assert ("write_parallel", {"seed": 0, "agreement_threshold": 0.5}) in calls
+    assert ("write_parallel", {"seed": 0, "agreement_threshold": 0.5, "agreement_scaling": [0.5, 1.0]}) in calls
     json.dumps(found)
 
 
@@ -285,6 +285,7 @@ def test_rollback_has_its_controls():
     assert list(found) == ["none", "head", "head_stale", "random", "oracle", "oracle_stale"]
     calls = {name: options for name, (_, _, options) in zip(found, evaluation.writers.calls, strict=True)}
     assert calls["none"]["agreement_threshold"] is None and calls["head"]["agreement_threshold"] == 0.25
+    assert calls["head"]["agreement_scaling"] == calls["head_stale"]["agreement_scaling"] == [0.5, 1.0]
     assert calls["head_stale"]["retry_policy"] == calls["oracle_stale"]["retry_policy"] == "stale"
     assert calls["random"]["interventions"][0].rate == 0.0
     evaluation.model.generation_config.agreement_threshold = None
