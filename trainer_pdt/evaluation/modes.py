@@ -76,7 +76,7 @@ def section_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], b
 
 
 def calibrated_gate(model: PDTForParallelDecoding) -> dict[str, Any]:
-    """The commit gate as it is calibrated here, as options of `generate`: worker processes have the model as loaded."""
+    """The commit gate as calibrated here, as options of `generate`: workers have the model as it was loaded."""
     config = model.generation_config
     return {"agreement_threshold": config.agreement_threshold, "agreement_scaling": config.agreement_scaling}
 
