@@ -83,6 +83,9 @@ def agreement(evaluation: "Evaluation") -> dict[str, Any]:
         labels = [not stands for _, stands in flat]
         result[f"roc{suffix}"] = thinned(roc([1 - p for p, _ in flat], labels), ROC_POINTS)
         result[f"blocks{suffix}"], result[f"positives{suffix}"] = len(labels), sum(labels)
+        # Most blocks repeat nothing that could be judged; the control that knows which do is held against all of them.
+        whole = block_decisions(scores, len(documents), lambda score: 1 - score.disagreement, only_judgeable=False)
+        result[f"auroc_all_blocks{suffix}"] = areas(whole, finds=False).get("auroc")
         controls = {
             "zeroed_notes": block_decisions(scores, len(documents), lambda score: 1 - score.zeroed),
             "logp_gap": block_decisions(scores, len(documents), lambda score: -score.logp_gap),
@@ -91,6 +94,7 @@ def agreement(evaluation: "Evaluation") -> dict[str, Any]:
             ),
         }
         result["decisions"]["generated" if suffix else "planted"] = decisions
+        result["decisions"][f"all_blocks{suffix}"] = whole
         result["decisions"] |= {f"{name}{suffix}": rows for name, rows in controls.items()}
         without = {name: areas(rows, finds=False).get("auroc") for name, rows in controls.items()}
         result[f"zeroed_notes{suffix}"] = without.pop("zeroed_notes")

@@ -38,6 +38,7 @@ AREAS: dict[str, tuple[str, str]] = {
         f"agreement/{place}{suffix}": (f"agreement/decisions/{name}{suffix}", "auroc")
         for suffix in ("", "_generated")
         for place, name in (
+            ("auroc_all_blocks", "all_blocks"),
             ("zeroed_notes", "zeroed_notes"),
             ("controls/logp_gap", "logp_gap"),
             ("controls/reference_present", "reference_present"),

@@ -218,8 +218,9 @@ def _agreement_rows(agreement: Mapping[str, Any], suffix: str, text: str) -> lis
         (f"agreement AUROC, {text}", agreement.get(f"auroc{suffix}")),
         ("- expected calibration error", agreement.get(f"expected_calibration_error{suffix}")),
         ("- control: head with zeroed notes", agreement.get(f"zeroed_notes{suffix}")),
-        ("- control: 'block holds a reference'", controls.get(f"reference_present{suffix}")),
         ("- control: log p(no bus) - log p(fresh notes)", controls.get(f"logp_gap{suffix}")),
+        (f"agreement AUROC, {text}, all blocks", agreement.get(f"auroc_all_blocks{suffix}")),
+        ("- control: 'block holds a reference'", controls.get(f"reference_present{suffix}")),
     ]
 
 

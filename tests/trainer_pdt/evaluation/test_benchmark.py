@@ -224,7 +224,7 @@ def test_agreement_section_calibrates_on_clean_text(evaluation, monkeypatch):
     assert result["roc"][0] == [0.0, 0.0] and result["roc"][-1] == [1.0, 1.0]
     assert 0 <= result["auroc"]["low"] <= result["auroc"]["mean"] <= 1
     assert 0 <= result["controls"]["logp_gap"]["mean"] <= 1
-    assert [len(rows) for rows in result["decisions"].values()] == [23] * 8
+    assert [len(rows) for rows in result["decisions"].values()] == [23] * 10
     assert result["repaired"]["mean"] is None and 0 <= result["false_rollback"]["mean"] <= 1
     json.dumps(result)
     calibration = evaluation.calibration()

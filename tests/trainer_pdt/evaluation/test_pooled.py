@@ -145,6 +145,7 @@ def perfect():
     right, control = [[(1.0, True), (0.0, False)]] * 50, [[(0.5, True), (0.5, False)]] * 50
     for suffix in ("", "_generated"):
         documents[f"agreement/decisions/{'generated' if suffix else 'planted'}"] = right
+        documents[f"agreement/decisions/all_blocks{suffix}"] = right
         for name in ("zeroed_notes", "logp_gap", "reference_present"):
             documents[f"agreement/decisions/{name}{suffix}"] = control
     for mode in ("none", "head", "head_stale", "random", "oracle", "oracle_stale"):
@@ -163,6 +164,16 @@ def test_a_perfect_model_meets_every_bar_and_one_without_notes_does_not():
     missed = [row["name"] for row in check_proof(Pooled([report], [worse], 50)) if row["met"] is False]
     assert "recall, feasible, core" in missed and "same-round recall, gate minus stale notes" in missed
     assert not any("above chance" in name for name in missed)
+
+
+def test_controls_are_held_against_the_head_on_the_same_blocks():
+    documents = perfect()
+    # 3 of 4 pairs are in order on judgeable blocks, all on all blocks; the control for these has 1 of 2 and ties.
+    documents["agreement/decisions/generated"] = [[(1.0, True), (0.4, True), (0.5, False), (0.0, False)]] * 50
+    documents["agreement/decisions/reference_present_generated"] = [[(1.0, True), (0.0, True), (0.0, False)]] * 50
+    rows = {row["name"]: row for row in check_proof(Pooled([{"chance": {"overall": 0.06}}], [documents], 50))}
+    row = rows["agreement AUROC, own text, above the best of its controls"]
+    assert row["seeds"] == [0.25] and row["met"]
 
 
 def test_counts_are_summed_and_settings_kept():
