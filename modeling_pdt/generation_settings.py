@@ -35,7 +35,6 @@ class Settings:
     retry_temperature: float
     commit_policy: str
     agreement_threshold: float | None
-    agreement_scaling: list[float] | None
     gate_scale: float
     gate_annealing: GateAnnealing | None
     flicker_guard: FlickerGuard | None
@@ -47,6 +46,8 @@ class Settings:
     seed: int
     eos_ids: tuple[int, ...]
     pad_id: int
+    # Calls that were stored before there was one have none.
+    agreement_scaling: list[float] | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Settings":

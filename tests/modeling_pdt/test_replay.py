@@ -53,6 +53,7 @@ CALLS = {
         "commit_policy": "round",
         "retry_temperature": 0.25,
         "agreement_threshold": 0.5,
+        "agreement_scaling": [0.5, 1.0],
         "retention": "scored",
         "bus_capacity": 2,
         "topology": [(0, 1), (1, 2)],
