@@ -139,6 +139,10 @@ def test_agreement_finds_planted_contradictions(model, batch, monkeypatch):
     monkeypatch.setattr(model.generation_config, "agreement_threshold", 0.0)
     result = measured(model, [batch])
     assert result["agreement_accuracy"] == pytest.approx(1 - share) and "agreement_precision" not in result
+    # All agreements are scaled to nearly 0: every block is below any threshold.
+    monkeypatch.setattr(model.generation_config, "agreement_threshold", 0.01)
+    monkeypatch.setattr(model.generation_config, "agreement_scaling", [1.0, -100.0])
+    assert measured(model, [batch])["agreement_recall"] == 1
 
 
 def test_notes_gap_of_a_writer_at_the_top(batch):

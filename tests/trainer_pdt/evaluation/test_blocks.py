@@ -205,6 +205,16 @@ def test_zeroed_notes_are_another_bus(model, features, documents):
     assert all(score.zeroed != score.disagreement for score in scores)
 
 
+def test_agreements_are_scaled_as_in_decoding(model, features, documents, monkeypatch):
+    def agreements():
+        scores = score_blocks(model, features, documents[:2])
+        return 1 - torch.tensor([[score.disagreement, score.zeroed] for score in scores], dtype=torch.float64)
+
+    plain = agreements()
+    monkeypatch.setattr(model.generation_config, "agreement_scaling", [0.5, 1.0])
+    assert torch.allclose(agreements(), (0.5 * plain.logit() + 1).sigmoid(), atol=1e-5)
+
+
 def test_the_gap_is_what_fresh_notes_take(model, features, documents, monkeypatch):
     scores = score_blocks(model, features, documents[:1])
     assert any(abs(score.logp_gap) > 1e-4 for score in scores)
