@@ -43,3 +43,14 @@ def fixed_seed():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """
+    A group of this process alone, in which a model behaves as among several. It ends after the test's own objects: a
+    `DistributedDataParallel` that is freed last waits for a thread of gloo, which waits for the GIL.
+    """
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

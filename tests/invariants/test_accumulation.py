@@ -58,6 +58,7 @@ def run(folder, dataset, batch, accumulation):
     return weights(model), logs
 
 
+@pytest.mark.slow
 def test_two_at_once_equal_two_accumulated(tmp_path, alike):
     assert len({tuple(map(tuple, item["clean"]["section_ids"])) for item in alike.items}) == 2
     at_once, logs_at_once = run(tmp_path / "a", alike, 2, 1)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import distributed
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -198,11 +197,3 @@ def make_rollout() -> Callable[..., SimpleNamespace]:
         return SimpleNamespace(inputs=inputs, rollout=rollout, labels=labels, start=start, lengths=lengths, ids=ids)
 
     return make
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """A group of this process alone, in which a model behaves as among several."""
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()

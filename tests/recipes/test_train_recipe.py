@@ -47,6 +47,7 @@ def test_a_quantised_trunk_is_trained_on_dequantised(tmp_path, dtype):
     assert trainer.state.log_history[0]["loss"] > 0
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_weight(tmp_path):
     # The trainer could not switch it on: the model's own method lacked two of the arguments that it passes.
     after = []

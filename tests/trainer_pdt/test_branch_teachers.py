@@ -144,25 +144,22 @@ def test_best_tokens_are_those_of_all_logits_and_never_exist_together(model, bat
     assert torch.equal(small.student.logits.whole(), full.student.logits.whole())
 
 
+@pytest.mark.usefixtures("process_group")
 def test_best_tokens_of_a_model_that_is_wrapped(model, batch, tmp_path):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "stream_ids")}
-        for top_k in (0, 5):
-            seen = [
-                predict(m, supervised_positions(batch["labels"]), top_k, (1.0,), **inputs)[1].distributions[0]
-                for m in (model, wrapped)
-            ]
-            tensors = [one.log_probs_MC if top_k else one for one in seen]
-            assert torch.equal(*tensors)
-        one = stage(["lm_ce", "kd"])
-        parts = []
-        for m in (model, wrapped):
-            model.zero_grad()
-            branches, arguments = branches_of(m, batch, one, tmp_path, config=model.config)
-            weighted_total(loss_parts(branches, batch, one, arguments), one.losses).total.backward()
-            parts.append([p.grad.clone() for p in model.pdt_parameters().values()])
-        assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids", "stream_ids")}
+    for top_k in (0, 5):
+        seen = [
+            predict(m, supervised_positions(batch["labels"]), top_k, (1.0,), **inputs)[1].distributions[0]
+            for m in (model, wrapped)
+        ]
+        tensors = [one.log_probs_MC if top_k else one for one in seen]
+        assert torch.equal(*tensors)
+    one = stage(["lm_ce", "kd"])
+    parts = []
+    for m in (model, wrapped):
+        model.zero_grad()
+        branches, arguments = branches_of(m, batch, one, tmp_path, config=model.config)
+        weighted_total(loss_parts(branches, batch, one, arguments), one.losses).total.backward()
+        parts.append([p.grad.clone() for p in model.pdt_parameters().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))

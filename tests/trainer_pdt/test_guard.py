@@ -47,7 +47,7 @@ def equal(before, after):
     )
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_a_step_without_a_number_changes_nothing_and_is_counted(tmp_path, monkeypatch, value):
     said = []
     monkeypatch.setattr(guard_module.logger, "warning", said.append)

@@ -58,6 +58,7 @@ def test_an_optimizer_that_chooses_its_parameters_is_refused(tmp_path, monkeypat
         trainer.create_optimizer()
 
 
+@pytest.mark.slow
 def test_training_keeps_the_limit_on_singular_values(tmp_path):
     def largest(model):
         snc, adapters = model.stack.snc, model.stack.pdt_stream_adapters["default"]

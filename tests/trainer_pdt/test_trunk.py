@@ -50,6 +50,7 @@ def document(index=0, **options):
     return generate_document("trunk", index, WorldOptions(heldout_values=None, heldout_wordings=None, **options))
 
 
+@pytest.mark.slow
 def test_tokenizer_is_byte_level_and_values_take_one_to_four_tokens(tokenizer):
     assert len(tokenizer) == 1216 and tokenizer.padding_side == "left"
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -150,6 +151,7 @@ def test_complete_does_not_depend_on_the_batch(trunk, tokenizer):
     assert together == [complete(trunk, tokenizer, [prefix], 6, temperature=0)[0] for prefix in prefixes]
 
 
+@pytest.mark.slow
 def test_evaluation_reports_every_split(trunk, tokenizer):
     report = evaluate_trunk(trunk, tokenizer, num_documents=1)
     assert set(report) == {"core", "hard", "heldout", "core_independent", "outline"}
@@ -167,6 +169,7 @@ def test_saved_trunk_loads_in_float32(trunk, tokenizer, tmp_path):
     assert loaded.padding_side == "left" and loaded.eos_token == "<eos>"
 
 
+@pytest.mark.slow
 def test_shipped_trunk_copies_and_ends_its_sections():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(SHIPPED).eval(), AutoTokenizer.from_pretrained(SHIPPED)
     assert model.dtype == torch.float32

@@ -101,6 +101,7 @@ def test_other_weights_of_the_trunk_repeat_what_starts_from_them(root):
     assert [name for name in before if before[name] == after[name]] == ["trunk/1", "other/1", "other_seen/1"]
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_what_its_records_say(tmp_path):
     (arguments,) = RecipeParser(ProofArguments).parse_values(
         {**load_yaml(ROOT / "recipes/tiny/proof.yaml"), "output": str(tmp_path)}
