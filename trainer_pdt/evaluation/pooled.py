@@ -142,9 +142,13 @@ class Pooled:
         lengths = {len(found[path]) for found in self.documents}
         if len(lengths) != 1:
             raise ValueError(f"{path}: the seeds have {sorted(lengths)} documents, allowed: the same ones.")
+        return self.rate_of([found[path] for found in self.documents])
+
+    def rate_of(self, pairs: Sequence[Sequence[tuple[float, float]]]) -> Estimate:
+        """A share from what was found and what was counted, by document, for each seed."""
         columns, count = [], 0.0
-        for found in self.documents:
-            pairs_D2 = torch.tensor(found[path], dtype=torch.float64)
+        for found in pairs:
+            pairs_D2 = torch.tensor(found, dtype=torch.float64)
             sums = self.times(len(pairs_D2)) @ pairs_D2
             columns.append(sums[:, 0] / sums[:, 1])
             count += float(pairs_D2[:, 1].sum())

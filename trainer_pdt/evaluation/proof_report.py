@@ -25,10 +25,11 @@ from .tables import (
     timing_table,
     to_markdown,
 )
+from .value_kinds import value_kinds_table
 from .values import show
 
 POOLED_TABLES = (
-    *(recall_table, timing_table, *FURTHER_TABLES, heads_table, rollback_table, text_table),
+    *(timing_table, *FURTHER_TABLES, heads_table, rollback_table, text_table),
     speed_table,
 )
 COMPARED: tuple[tuple[str, str], ...] = (
@@ -103,7 +104,7 @@ def write_proof_report(
     done = [run for run in pieces[arguments.main] if run.result() is not None]
     trainings = {str(run.seed): read_training(run.after[0].model / "training_report.json") for run in done}
     figures = figures_of(pooled, trainings, folder)
-    tables = [bars_table(bars, [run.seed for run in done])]
+    tables = [bars_table(bars, [run.seed for run in done]), recall_table(pooled), value_kinds_table(main)]
     tables += [table for table in (maker(pooled) for maker in POOLED_TABLES) if table.rows]
     tables += [
         compared_table(arguments, pieces),
