@@ -228,11 +228,13 @@ class Evaluation:
                 "overall": sum(chance.get(cue, 0.0) for cue in feasible) / max(1, len(feasible)),
                 "by_cue": chance,
             },
-            "plan": {
-                **plan_adherence(self.counts["pdt"]),
-                "owned_stated_relative": stated_relative(self.documents, self.counts["pdt"]),
-            },
+            "plan": self._adherence("pdt") | {mode: self._adherence(mode) for mode in ("independent", "sequential")},
         }
+
+    def _adherence(self, mode: str) -> dict[str, Any]:
+        """How far what a mode wrote follows the plan."""
+        documents, counts = self.documents_of(mode), self.counts[mode]
+        return {**plan_adherence(counts), "owned_stated_relative": stated_relative(documents, counts)}
 
     def _swapped(self, pairs: Sequence[tuple[Document, str]]) -> dict[str, Any]:
         logger.info("writing with swapped notes")

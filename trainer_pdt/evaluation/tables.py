@@ -253,14 +253,20 @@ def text_table(evaluation: Mapping[str, Any]) -> Table:
             ("cross-entropy on other tokens, trunk (nats)", text.get("trunk")),
             ("KL from the trunk on other tokens (nats)", text.get("divergence", text.get("kl"))),
             ("excess cross-entropy on other tokens (nats)", text.get("excess")),
-            ("owned items stated", plan.get("owned_stated")),
-            ("owned items stated, relative to the documents' own texts", plan.get("owned_stated_relative")),
-            ("mentions that are on the plan", plan.get("mentions_on_plan")),
-            ("mentions with a value of the cue's pool", plan.get("valid_values")),
+            *_plan_rows(plan, "owned_stated", "owned items stated"),
+            *_plan_rows(plan, "owned_stated_relative", "owned items stated, relative to the documents' own texts"),
+            *_plan_rows(plan, "mentions_on_plan", "mentions that are on the plan"),
+            *_plan_rows(plan, "valid_values", "mentions with a value of the cue's pool"),
         ]
     )
     note = "Other tokens: all that are no sibling facts."
     return Table("Text and plan", ("measure", "value", "95 % interval", "n"), rows, note)
+
+
+def _plan_rows(plan: Mapping[str, Any], name: str, label: str) -> list[tuple[str, Any]]:
+    """A measure of the plan, and under it what the trunk reaches alone and in sequence."""
+    modes = ("independent", "sequential")
+    return [(label, plan.get(name)), *((f"- {MODES[mode]}", part(plan, mode).get(name)) for mode in modes)]
 
 
 def speed_table(evaluation: Mapping[str, Any]) -> Table:

@@ -188,12 +188,16 @@ def test_controls_with_a_bar_on_an_intervals_end_get_more_documents(evaluation, 
 def test_every_section_of_an_untrained_model_is_plain_json(evaluation, short):
     """Recall is left without a number where nothing was repeated; bars are checked on what there is."""
     evaluation.documents = [d for d in evaluation.documents if d.domain == evaluation.documents[-1].domain][-3:]
-    evaluation.control_documents = evaluation.documents
+    evaluation.control_documents = [*evaluation.documents, evaluation.documents[0]]
     evaluation.arguments.core_documents, evaluation.arguments.hard_documents = 2, 1
     report = evaluation.recall()
     recall = report["sibling_fact_recall"]
     assert set(PARALLEL_MODES) | {"independent", "sequential", "full_text", "swapped_own"} <= set(recall)
     assert any(CUES[cue].value_type == "year" for cue in report["chance"]["by_cue"])
+    own, alone = report["plan"], report["plan"]["independent"]
+    assert alone.keys() == report["plan"]["sequential"].keys() == own.keys() - {"independent", "sequential"}
+    # Each against the documents that it wrote.
+    assert len(alone["owned_stated_relative"]["clusters"]) == 4 and len(own["owned_stated"]["clusters"]) == 3
     report["coverage"] = coverage(evaluation)
     report["text_ce"] = text(evaluation)
     report["teacher_forced"] = evaluation.teacher_forced()

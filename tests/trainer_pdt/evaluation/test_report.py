@@ -120,7 +120,10 @@ def full_evaluation():
             **{"non_dependency": {"notes": rate(0.4)}, "non_dependency_gain": {"no_notes": rate(0.0)}},
         },
         "note_usage": {"gate": rate(0.5), "notes": rate(0.4), "source": rate(0.6), "source_even": rate(0.2)},
-        "plan": {"owned_stated": rate(0.9), "mentions_on_plan": rate(0.92), "valid_values": rate(0.99)},
+        "plan": {
+            **{"owned_stated": rate(0.9), "mentions_on_plan": rate(0.92), "valid_values": rate(0.99)},
+            **{"independent": {"owned_stated": rate(0.87)}, "sequential": {"valid_values": rate(0.98)}},
+        },
         "speed": {
             "parallel_vs_single": {
                 "mean": 1.62,
@@ -263,6 +266,15 @@ def test_calibration_health_and_mixes_are_shown():
     assert by_title["True notes on the bus"].rows == [
         ["mask_ablation", "2.500", "2.600", "2.800"],
         ["stability_kl", "0.300", "0.200", "0.100"],
+    ]
+
+
+def test_measures_of_the_plan_stand_beside_what_the_trunk_reaches():
+    rows = [row[:2] for row in tables.text_table(full_evaluation()).rows]
+    stated = rows.index(["owned items stated", "0.900"])
+    assert rows[stated + 1 :] == [
+        *(["- independent streams (trunk only)", "0.870"], ["mentions that are on the plan", "0.920"]),
+        *(["mentions with a value of the cue's pool", "0.990"], ["- sequential, same trunk", "0.980"]),
     ]
 
 
