@@ -28,10 +28,7 @@ from .tables import (
 from .value_kinds import value_kinds_table
 from .values import show
 
-POOLED_TABLES = (
-    *(timing_table, *FURTHER_TABLES, heads_table, rollback_table, text_table),
-    speed_table,
-)
+POOLED_TABLES = (timing_table, *FURTHER_TABLES, heads_table, rollback_table, text_table, speed_table)
 COMPARED: tuple[tuple[str, str], ...] = (
     ("recall, all types", "sibling_fact_recall/pdt"),
     ("recall, core", "sibling_fact_recall/pdt_core"),
