@@ -120,7 +120,7 @@ class TokenRecorder(ParallelDecodingCallback):
 
 class JsonLinesWriter(TokenRecorder):
     """
-    Writes a line of JSON per token, note, commit and rollback as they happen; `event` names the kind of each line.
+    Writes a line of JSON per plan, token, note, commit, rollback, stall and end as they happen; `event` names it.
 
     Args:
         file (`TextIO`): Open text file; flushed after every line, so that others can follow it.

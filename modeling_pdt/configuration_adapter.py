@@ -56,8 +56,9 @@ class PDTAdapterConfig(PeftConfig):
             layer, which no note reaches. `"top"`: the last hidden states, which hold what the stream has read, at the
             price of one more upper half per block boundary in decoding and per forward with a `rollout` in training.
         snc_heads (`int`, *optional*):
-            Attention heads of shared-notes cross-attention. Defaults to the trunk's number of attention heads when
-            it divides the trunk's width, else the largest power of two that does.
+            Attention heads of shared-notes cross-attention. Defaults to the largest power of two, at most the
+            trunk's number of attention heads, that divides the trunk's width; `snc_init="trunk_attention"` needs the
+            trunk's own number.
         snc_placement (`str`, *optional*, defaults to `"between"`):
             `"between"`: SNC acts between layers, on the input of every instrumented layer and on the output of the
             last one. `"after_attention"`: inside every instrumented layer, on the residual stream after attention and
@@ -69,8 +70,9 @@ class PDTAdapterConfig(PeftConfig):
             many `snc_heads` as the trunk has.
             `"zero"`: in trunk space with the output projection at zero, so that the model starts as its trunk.
         spectral_norm (`float`, *optional*):
-            Largest singular value that the start and every training step leave to the matrices of SNC and of the
-            stream adapters; 1 and above leaves the trunk-space start as it is. Defaults to no limit.
+            Largest singular value that the start and every training step leave to the matrices of SNC, of the stream
+            adapters and of the agreement head's reader; 1 and above leaves the trunk-space start as it is.
+            Defaults to no limit.
         gate_mode (`str`, *optional*, defaults to `"scalar"`):
             `"scalar"`, `"per_head"`, or `"dynamic"` (per head and token, a zero-initialised linear map on top).
         gate_init (`float`, *optional*, defaults to 0.0):

@@ -78,6 +78,11 @@ def test_the_code_makes_the_prompt_that_was_trained_on(opening):
     assert values["prompt"] == render_request(request, tokenizer)
 
 
+@pytest.mark.parametrize(("tap", "said"), [("mid", True), ("top", False)])
+def test_what_notes_cannot_carry_depends_on_the_tap(tap, said):
+    assert ("not what it only read" in render(writer_tap=tap).content) is said
+
+
 def test_zero_is_a_value():
     card = render(metrics=[{"name": "text CE", "value": 0.0}], bus_lag=0)
     assert "| text CE | 0.0 |  |  |" in card.content

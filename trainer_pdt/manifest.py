@@ -71,7 +71,7 @@ def read_decode_manifest(path: str | Path) -> dict[str, Any]:
 
 def differences(first: Any, second: Any, place: str = "trace") -> Iterator[str]:
     """
-    Where two traces of one call differ, apart from what was measured (`timings`, `memory`, `time_s`).
+    Where two traces of one call differ, apart from what was measured (`timings`, `memory`, `readings`, `time_s`).
 
     Args:
         first, second (`Any`): JSON values.

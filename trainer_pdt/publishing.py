@@ -46,7 +46,10 @@ METRICS = (
     ("trunk_kl", "text KL to the trunk", ("text_ce", "kl")),
     ("parallel_speedup", "speed-up over one stream that writes the same tokens", ("speed", "parallel_vs_single")),
 )
-FACTS = ("num_streams", "notes_dim", "notes_per_block", "block_size", "bus_lag", "bus_capacity", "instrumented_layers")
+FACTS = (
+    *("num_streams", "notes_dim", "notes_per_block", "instrumented_layers", "writer_tap"),
+    *("block_size", "bus_lag", "bus_capacity"),
+)
 
 
 @dataclass

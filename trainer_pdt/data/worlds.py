@@ -107,6 +107,7 @@ def generate_documents(
     heldout_values: bool | None = False,
     heldout_wordings: bool | None = False,
     seed: int = 0,
+    foreign_values: bool = False,
     with_notes: bool = True,
 ) -> Iterator[Document]:
     """Documents `start`, `start + 1`, ... of a split; endless without `count`.
@@ -114,7 +115,7 @@ def generate_documents(
     The options are those of `WorldOptions`. Splits never share a random stream; ``"trunk"`` is the split for
     pretraining a trunk.
     """
-    options = WorldOptions(num_streams, hard, heldout_values, heldout_wordings, seed)
+    options = WorldOptions(num_streams, hard, heldout_values, heldout_wordings, seed, foreign_values)
     index = start
     while count is None or index < start + count:
         yield generate_document(split, index, options, with_notes=with_notes)

@@ -139,7 +139,7 @@ def test_parser_reads_model_text():
     assert parse_section("The main crop, they say. The flag color. Red.") == []
 
 
-@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("options", [*KINDS, {"foreign_values": True}])
 def test_same_seed_same_document(options):
     assert list(generate_documents("train", 0, 20, **options)) == documents(20, **options)
     assert make_document("train", 3, **options) != generate_document("train", 3, WorldOptions(**options, seed=1))
