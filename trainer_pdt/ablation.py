@@ -3,6 +3,7 @@
 Names of cases say what they do: `base` changes nothing, `with_*` adds something, `without_*` takes something away.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -163,25 +164,57 @@ def plan_runs(arguments: AblationArguments, root: Path) -> list[Run]:
     return runs
 
 
-def compare(arguments: AblationArguments, results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+def split_complete(
+    arguments: AblationArguments, results: Mapping[str, Mapping[int, Any]]
+) -> tuple[dict[str, Mapping[int, Any]], dict[str, list[int]]]:
+    """Results of the cases that have all seeds, and the seeds that are there of the others."""
+    complete = {name: found for name, found in results.items() if all(seed in found for seed in arguments.seeds)}
+    return complete, {name: sorted(results.get(name, ())) for name in arguments.cases if name not in complete}
+
+
+def scatter(values_CS: Sequence[Sequence[float]]) -> float:
+    """
+    Standard deviation of a run of one case and seed, C cases with S seeds each: what is left when the mean of the case
+    and that of the seed are taken off. All cases tell it, as they share a recipe; two seeds of one would hardly.
+    """
+    if len(values_CS) < 2:
+        return math.inf
+    cases = [statistics.mean(values_S) for values_S in values_CS]
+    seeds = [statistics.mean(values_C) for values_C in zip(*values_CS, strict=True)]
+    total = statistics.mean(cases)
+    left = sum(
+        (value - case - seed + total) ** 2
+        for case, values_S in zip(cases, values_CS, strict=True)
+        for seed, value in zip(seeds, values_S, strict=True)
+    )
+    return math.sqrt(left / ((len(cases) - 1) * (len(seeds) - 1)))
+
+
+def compare(
+    arguments: AblationArguments,
+    results: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    measures: Mapping[str, int] = MEASURES,
+) -> dict[str, Any]:
     """
     What each case does to the measures, against the base, or the case it names, with the same seeds.
 
-    A difference counts as *clear* when it is larger than the distance between the base's seeds and has the same
-    direction with every seed.
+    A difference counts as *clear* when it is larger than two standard errors, from how runs of all cases scatter
+    ([`scatter`]), and has the same direction with every seed.
 
     Args:
         arguments ([`AblationArguments`]): What was trained.
         results (`Mapping`): By case and seed, what [`Run.result`] gives; a case that lacks a seed is left out.
+        measures (`Mapping[str, int]`, *optional*): What is compared, and which way is better.
 
     Returns:
-        `dict`: `seeds`, and `cases` by name: `says`, `against`, `seconds_per_step` and, by measure, `values` by seed,
-        `mean` and, where both were measured, `difference`, `spread` of the base's seeds, `clear` and `better`.
+        `dict`: `seeds`, `measures`, `incomplete` (the seeds that are there of cases that are left out), and `cases` by
+        name: `says`, `against`, `seconds_per_step` where it was measured and, by measure, `values` by seed, `mean`
+        and, where both were measured, `difference`, `spread` (two standard errors of it), `clear` and `better`.
 
     Raises:
         ValueError: Without a complete base.
     """
-    complete = {name: found for name, found in results.items() if all(seed in found for seed in arguments.seeds)}
+    complete, incomplete = split_complete(arguments, results)
     if BASE not in complete:
         raise ValueError(f"results: {sorted(results)} with all seeds {arguments.seeds}, must hold {BASE!r}.")
 
@@ -189,20 +222,25 @@ def compare(arguments: AblationArguments, results: Mapping[str, Mapping[int, Map
         found = [complete[name][seed]["measures"].get(measure) for seed in arguments.seeds]
         return None if None in found else found
 
-    cases = {}
+    def error(measure: str) -> float:
+        found = [values(name, measure) for name in complete]
+        return scatter([one for one in found if one is not None]) * math.sqrt(2 / len(arguments.seeds))
+
+    cases, errors = {}, {measure: error(measure) for measure in measures}
     for name in (name for name in arguments.cases if name in complete):
         case, entries = Case.from_mapping(name, arguments.cases[name]), {}
-        for measure, direction in MEASURES.items():
-            found, base = values(name, measure), values(BASE, measure)
+        for measure, direction in measures.items():
+            found = values(name, measure)
             before = values(case.against, measure) if case.against in complete and name != BASE else None
             if found is not None:
                 entries[measure] = {"values": found, "mean": statistics.mean(found)}
-            if found is not None and before is not None and base is not None:
-                entries[measure] |= _difference(before, found, max(base) - min(base), direction)
-        seconds = statistics.mean(complete[name][seed]["seconds_per_step"] for seed in arguments.seeds)
-        about = {"says": case.says, "against": None if name == BASE else case.against}
-        cases[name] = {**about, "seconds_per_step": round(seconds, 4), "measures": entries}
-    return {"seeds": arguments.seeds, "cases": cases}
+            if found is not None and before is not None:
+                entries[measure] |= _difference(before, found, 2 * errors[measure], direction)
+        cases[name] = {"says": case.says, "against": None if name == BASE else case.against, "measures": entries}
+        seconds = [complete[name][seed].get("seconds_per_step") for seed in arguments.seeds]
+        if None not in seconds:
+            cases[name]["seconds_per_step"] = round(statistics.mean(seconds), 4)
+    return {"seeds": arguments.seeds, "measures": dict(measures), "incomplete": incomplete, "cases": cases}
 
 
 def _difference(before: Sequence[float], found: Sequence[float], spread: float, direction: int) -> dict[str, Any]:
@@ -243,39 +281,71 @@ def hurts(cases: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def report_tables(report: Mapping[str, Any]) -> list[Table]:
+def difference_tables(report: Mapping[str, Any], how: str, where: str = "") -> list[Table]:
     """
-    Differences, values and cases.
+    Differences and values.
 
     Args:
         report (`Mapping`): From [`compare`].
+        how (`str`): How it was measured: the first words of a sentence, after "case minus what it is held against, ".
+        where (`str`, *optional*): What follows the tables' titles.
     """
-    cases, seeds = report["cases"], ", ".join(map(str, report["seeds"]))
-    used = [measure for measure in MEASURES if any(measure in case["measures"] for case in cases.values())]
-    arrows = [f"{measure} {'↑' if MEASURES[measure] == HIGHER else '↓'}" for measure in used]
+    cases, measures, seeds = report["cases"], report["measures"], ", ".join(map(str, report["seeds"]))
+    used = [measure for measure in measures if any(measure in case["measures"] for case in cases.values())]
+    arrows = [f"{measure} {'↑' if measures[measure] == HIGHER else '↓'}" for measure in used]
     changes = [
         [name, case["against"], *(_change(case, measure) for measure in used)]
         for name, case in cases.items()
         if name != BASE
     ]
+    timed = all("seconds_per_step" in case for case in cases.values())
     numbers = [
-        [name, *(_values(case, measure) for measure in used), f"{case['seconds_per_step']:.2f}"]
+        [name, *(_values(case, measure) for measure in used), *([f"{case['seconds_per_step']:.2f}"] if timed else [])]
         for name, case in cases.items()
     ]
-    bars = bar_rows(cases)
-    columns = ("measure", "base", "all losses", "difference", "distance of the base's seeds", "verdict")
-    how = (
-        f"Mean over seeds {seeds} of case minus what it is held against, teacher-forced on held-out documents "
-        "(`docs/metrics.md`), thresholds 0.5. ↑ higher is better, ↓ lower is better. Bold: "
-        "larger than the distance between the base's seeds, and the same direction with every seed. Two seeds show "
-        "large effects only. A dash: nothing was counted."
+    about = (
+        f"Mean over seeds {seeds} of case minus what it is held against, {how}. ↑ higher is better, ↓ lower is "
+        "better. Bold: larger than two standard errors, from how runs scatter over all cases and seeds, and the same "
+        "direction with every seed; by chance that is one cell in twenty or less. A dash: nothing was counted, or "
+        "what it is held against is not complete."
     )
     return [
-        *([Table("All losses on against the base", columns, bars)] if bars else []),
-        Table("Differences", ("case", "against", *arrows), changes, how),
-        Table("Values", ("case", *arrows, "s per step"), numbers, f"Mean, in brackets seeds {seeds}."),
-        Table("Cases", ("case", "what it is"), [[name, case["says"]] for name, case in cases.items()]),
+        Table(f"Differences{where}", ("case", "against", *arrows), changes, about),
+        Table(
+            f"Values{where}",
+            ("case", *arrows, *(["s per step"] if timed else [])),
+            numbers,
+            f"Mean, in brackets seeds {seeds}.",
+        ),
     ]
+
+
+def incomplete_table(incomplete: Mapping[str, Sequence[int]], where: str = "") -> Table:
+    """Cases that lack a seed, and are in no other table, with the seeds that are there; empty where none does."""
+    rows = [[name, ", ".join(map(str, seeds)) or "none"] for name, seeds in incomplete.items()]
+    return Table(f"Not complete{where}", ("case", "seeds that are there"), rows)
+
+
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
+    """
+    Differences, values and cases; what is not complete.
+
+    Args:
+        report (`Mapping`): From [`compare`].
+    """
+    bars, cases = bar_rows(report["cases"]), report["cases"]
+    columns = ("measure", "base", "all losses", "difference", "two standard errors", "verdict")
+    how = (
+        "teacher-forced on held-out documents (`docs/metrics.md`), other ones for every seed, thresholds 0.5. Two "
+        "seeds show large effects only"
+    )
+    tables = [
+        Table("All losses on against the base", columns, bars),
+        *difference_tables(report, how),
+        Table("Cases", ("case", "what it is"), [[name, case["says"]] for name, case in cases.items()]),
+        incomplete_table(report["incomplete"]),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def report_markdown(report: Mapping[str, Any], command: str) -> str:

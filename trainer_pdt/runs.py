@@ -18,6 +18,8 @@ from .telemetry import MANIFEST_FILE, REPORT_FILE, fingerprint, git_state, read_
 from .training_report import write_training_report
 
 RESULT_FILE, RECIPE_FILE, LOG_FILE = "result.json", "recipe.yaml", "train.log"
+MARK_FILE = "mark.json"
+"""Says as what a run began; its result says the same, but only at the end."""
 TRAIN, EVALUATE, TRUNK = "recipes/train.py", "recipes/evaluate.py", "recipes/pretrain_trunk.py"
 PLACES = ("output_dir", "output_folder", "model", "training_report")
 """Fields that say where files are; they change no figure."""
@@ -83,6 +85,14 @@ class Run:
         found = read_json(path) if path.is_file() else {}
         return found if found.get("settings") == self.mark else None
 
+    def is_outdated(self) -> bool:
+        """Whether what its folder holds was made with other settings, or from other weights."""
+        for name in (MARK_FILE, RESULT_FILE):
+            if (path := self.folder / name).is_file():
+                return read_json(path)["settings"] != self.mark
+        path = self.folder / RECIPE_FILE
+        return path.is_file() and fingerprint(read_json(path)) != fingerprint(self.recipe)
+
     def measured(self, seconds: float) -> dict[str, Any]:
         """The result of the finished run, to be kept as `RESULT_FILE`."""
         result = {"settings": self.mark, "case": self.case, "seed": self.seed, "seconds": round(seconds, 1)}
@@ -127,8 +137,9 @@ def perform(run: Run, root: Path) -> dict[str, Any]:
         if (kept := run.result()) is not None:
             return kept
         started, recipe_file = time.monotonic(), run.folder / RECIPE_FILE
-        if recipe_file.is_file() and fingerprint(read_json(recipe_file)) != fingerprint(run.recipe):
+        if run.is_outdated():
             shutil.rmtree(run.model, ignore_errors=True)
+        write_json(run.folder / MARK_FILE, {"settings": run.mark})
         write_json(recipe_file, run.recipe)
         if run.script == TRAIN and is_finished(run.model, run.recipe["max_steps"]):
             write_training_report(run.model)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from recipes import ablate as recipe
-from trainer_pdt import runs
+from trainer_pdt import ablation, runs
 from trainer_pdt.telemetry import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,23 @@ def test_a_change_repeats_what_it_concerns(ablate):
     (ablate.folder / "base/seed_1/model/checkpoint-3").mkdir()
     ablate.start("--options", '{"threads": 1, "learning_rate": 0.1}')
     assert ablate.ran == ALL and not (ablate.folder / "base/seed_1/model/checkpoint-3").exists()
+
+
+@pytest.mark.parametrize("left", ["finished", "result gone", "a checkpoint"])
+def test_another_trunk_under_the_same_path_repeats_everything(ablate, monkeypatch, left):
+    monkeypatch.setattr(ablation, "weights_of", lambda recipe, root: "before")
+    ablate.start()
+    for name in ALL:
+        case, _, seed = name.partition("/")
+        folder = ablate.folder / case / f"seed_{seed}"
+        if left != "finished":
+            (folder / "result.json").unlink()
+        if left == "a checkpoint":
+            write_json(folder / "model/trainer_state.json", {"global_step": 3})
+        (folder / "model/checkpoint-3").mkdir()
+    monkeypatch.setattr(ablation, "weights_of", lambda recipe, root: "after")
+    ablate.start()
+    assert ablate.ran == ALL and not list(ablate.folder.rglob("checkpoint-3"))
 
 
 def test_a_failure_is_named_and_tried_again_and_the_rest_goes_on(ablate):

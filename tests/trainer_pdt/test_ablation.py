@@ -1,5 +1,6 @@
 """Ablations: what each case trains, what counts as a clear difference, what the report says."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from trainer_pdt.ablation import (
     hurts,
     plan_runs,
     report_markdown,
+    scatter,
 )
 from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments, PDTTrainingArguments
 from trainer_pdt.curriculum import LOSS_NAMES
@@ -133,17 +135,42 @@ def test_wrong_cases_are_named_before_anything_is_trained(case, changes, message
         plan_runs(found, ROOT)
 
 
-def test_a_difference_is_clear_beyond_the_base_and_with_every_seed():
+def test_a_difference_is_clear_beyond_two_standard_errors_and_with_every_seed():
     found = compare(
         arguments(),
-        results(base=[0.50, 0.60], with_kd=[0.30, 0.48], without_encoder=[0.45, 0.95], with_kd_ema=[0.5, 0.5]),
+        results(base=[0.50, 0.60], with_kd=[0.30, 0.48], without_encoder=[0.52, 0.54], with_kd_ema=[0.5, 0.6]),
     )["cases"]
     kd, encoder, ema = (found[name]["measures"]["sibling_value_accuracy"] for name in list(CASES)[1:])
+    # Seeds differ by .10, .18, .02 and .10 in the four cases, around .10: the variance of a run is .0128 / 3 / 2.
+    assert all(entry["spread"] == pytest.approx(2 * (0.0128 / 6) ** 0.5) for entry in (kd, encoder, ema))
     assert kd["difference"] == pytest.approx(-0.16) and kd["clear"] and not kd["better"]
-    assert encoder["difference"] == pytest.approx(0.15) and encoder["better"] and not encoder["clear"]
+    assert encoder["difference"] == pytest.approx(-0.02) and not encoder["clear"]
     assert found["with_kd_ema"]["against"] == "with_kd"
-    assert ema["difference"] == pytest.approx(0.11) and ema["spread"] == pytest.approx(0.1) and ema["clear"]
+    assert ema["difference"] == pytest.approx(0.16) and ema["better"] and ema["clear"]
     assert "difference" not in found["base"]["measures"]["sibling_value_accuracy"]
+
+
+def test_a_difference_that_seeds_do_not_share_is_not_clear():
+    same = [0.5, 0.5]
+    found = compare(arguments(), results(base=[0.4, 0.6], with_kd=[0.9, 0.59], without_encoder=same, with_kd_ema=same))
+    entry = found["cases"]["with_kd"]["measures"]["sibling_value_accuracy"]
+    assert entry["difference"] > 0 and not entry["clear"]
+
+
+def test_by_chance_few_differences_are_clear():
+    """25 cases that do nothing, with an effect of the seed that all share: of 1,200 differences some 4 % are clear."""
+    rng, clear = random.Random(0), 0
+    cases = {"base": CASES["base"]} | {f"with_{number}": {"says": "nothing"} for number in range(24)}
+    for _ in range(50):
+        seeds = [rng.gauss(0, 0.1) for _ in range(2)]
+        runs = {name: [0.5 + shift + rng.gauss(0, 0.01) for shift in seeds] for name in cases}
+        found = compare(arguments(cases=cases), results(**runs))["cases"].values()
+        clear += sum(case["measures"]["sibling_value_accuracy"].get("clear", False) for case in found)
+    assert 0 < clear / 1200 < 0.08
+
+
+def test_one_case_has_nothing_to_tell_its_scatter_by():
+    assert scatter([[0.5, 0.6]]) == float("inf") and scatter([[0.5, 0.6], [0.4, 0.5]]) == pytest.approx(0)
 
 
 def test_smaller_is_better_where_it_is():
@@ -156,6 +183,10 @@ def test_smaller_is_better_where_it_is():
 def test_an_incomplete_case_is_left_out_and_an_incomplete_base_refused():
     found = compare(arguments(), results(base=[0.5, 0.6], with_kd=[0.3]))
     assert list(found["cases"]) == ["base"]
+    assert found["incomplete"] == {"with_kd": [1], "without_encoder": [], "with_kd_ema": []}
+    assert "| with_kd | 1 |" in report_markdown(found, "c") and "| without_encoder | none |" in report_markdown(
+        found, "c"
+    )
     with pytest.raises(ValueError, match="must hold 'base'"):
         compare(arguments(), results(base=[0.5], with_kd=[0.3, 0.4]))
 
@@ -172,19 +203,19 @@ def test_the_report_says_what_hurts_and_whether_the_bar_is_met():
     names = {**CASES, "with_all_losses": {"says": "all"}}
     report = compare(
         arguments(cases=names),
-        results(base=[0.5, 0.6], with_kd=[0.2, 0.3], without_encoder=[0.7, 0.8], with_all_losses=[0.49, 0.58]),
+        results(base=[0.5, 0.62], with_kd=[0.2, 0.3], without_encoder=[0.7, 0.8], with_all_losses=[0.5, 0.605]),
     )
     assert bar_rows(report["cases"]) == [
-        ["sibling_value_accuracy", "0.550", "0.535", "-0.015", "0.100", "lower, within the spread"]
+        ["sibling_value_accuracy", "0.560", "0.552", "-0.008", "0.013", "lower, within the spread"]
     ]
     lines = hurts(report["cases"])
     assert lines == [
-        "- `with_kd` (distils), worse than `base`: sibling_value_accuracy -0.300",
-        "- `without_encoder` (two stages), better than `base`: sibling_value_accuracy +0.200",
+        "- `with_kd` (distils), worse than `base`: sibling_value_accuracy -0.310",
+        "- `without_encoder` (two stages), better than `base`: sibling_value_accuracy +0.190",
     ]
     text = report_markdown(report, "python recipes/ablate.py")
-    assert "| with_kd | base | **-0.300** |" in text and "| with_all_losses | base | -0.015 |" in text
-    assert "| base | 0.550 (0.500, 0.600) | 0.50 |" in text and all(line in text for line in lines)
+    assert "| with_kd | base | **-0.310** |" in text and "| with_all_losses | base | -0.008 |" in text
+    assert "| base | 0.560 (0.500, 0.620) | 0.50 |" in text and all(line in text for line in lines)
     assert "Written by `python recipes/ablate.py`." in text
 
 

@@ -238,22 +238,6 @@ def reference_rate(
     return bootstrap_rate(pairs, resamples)
 
 
-def matching_chance(documents: Iterable[Document]) -> dict[str, float]:
-    """Per cue, the measured probability that two different documents have the same value."""
-    values: dict[str, dict[str, int]] = {}
-    for document in documents:
-        stated = {span.cue: span.value for stream in document.streams for span in stream.spans}
-        for cue, value in stated.items():
-            tally = values.setdefault(cue, {})
-            tally[value] = tally.get(value, 0) + 1
-    chance = {}
-    for cue, tally in values.items():
-        total = sum(tally.values())
-        if total > 1:
-            chance[cue] = sum(count * (count - 1) for count in tally.values()) / (total * (total - 1))
-    return chance
-
-
 def _cue_of(item_id: str) -> str:
     return item_id.split("/", 1)[1]
 

@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import PDTForParallelDecoding
 
-from ..data.counting import DocumentCounts, Reference, matching_chance, reference_rate
+from ..data.counting import DocumentCounts, Reference, reference_rate
 from ..data.schema import Document
 from .documents import held_out_documents, two_hop_documents
 from .modes import PARALLEL_MODES, Written, calibrated_gate, write_full_text, write_parallel, write_sequential
-from .scoring import count_written, rate_dict, reference_classes, rollback_counts
+from .scoring import count_written, mean_chance, rate_dict, reference_classes, rollback_counts
 
 if TYPE_CHECKING:
     from .suite import Evaluation
@@ -103,7 +103,7 @@ def _point(evaluation: "Evaluation", number: int, factor: str, value: int) -> di
     return {
         **{name: rate_dict(reference_rate(found)) for name, found in counts.items()},
         "classes": reference_classes(counts["pdt"]),
-        "chance": _chance(counts["pdt"], documents),
+        "chance": mean_chance(counts["pdt"]),
     }
 
 
@@ -147,10 +147,3 @@ def _counts(
 ) -> list[DocumentCounts]:
     texts = write(documents).texts
     return count_written(documents, texts, lag or evaluation.lag, capacity or evaluation.capacity)
-
-
-def _chance(counts: Sequence[DocumentCounts], documents: Sequence[Document]) -> float:
-    """Mean chance of the visible references: the value of a random other of these documents matches."""
-    by_cue = matching_chance(documents)
-    cues = [entry.cue for count in counts for entry in count.select("feasible")]
-    return sum(by_cue.get(cue, 0.0) for cue in cues) / max(1, len(cues))

@@ -4,6 +4,7 @@ Every mode ends in the text of each stream with the character offset at which ea
 `trainer_pdt.data.counting` counts all of them alike.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ from modeling_pdt.interventions import (
     GateZero,
     Intervention,
     NormScramble,
+    RandomGate,
     SelfOnly,
     Swap,
     ZeroNotes,
@@ -140,6 +142,31 @@ def write_parallel(
             if record_readings:
                 written.readings.append([entry for entry in output.trace.readings if entry["prompt"] == index])
     return written
+
+
+def write_random_gate(
+    model: PDTForParallelDecoding,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    rate: float,
+    seed: int = 0,
+    batch_size: int = 32,
+    **options: Any,
+) -> Written:
+    """
+    Documents of which a share of the blocks is withdrawn whatever they say, in every batch at other places.
+
+    Args:
+        rate (`float`): Share of blocks.
+        options: Of [`write_parallel`].
+    """
+    parts = []
+    for batch in batches(documents, batch_size):
+        places = zlib.crc32(f"{seed}/{batch[0].document_id}".encode())
+        options |= {"seed": seed, "batch_size": batch_size, "agreement_threshold": 0.5}
+        parts.append(write_parallel(model, tokenizer, batch, interventions=[RandomGate(rate, places)], **options))
+    return Written.joined(parts)
 
 
 def twin_prompts(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import PDTForParallelDecoding
-from modeling_pdt.interventions import Intervention, RandomGate
+from modeling_pdt.interventions import Intervention
 
 from ..data.counting import DocumentCounts
 from ..data.schema import Document
 from .documents import held_out_documents
-from .modes import Written, batches, calibrated_gate, write_parallel
+from .modes import Written, batches, calibrated_gate, write_parallel, write_random_gate
 from .scoring import KNOWN_TIMINGS, count_written, rollback_counts
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def rollback_controls(evaluation: "Evaluation") -> dict[str, Any]:
         "head": measured("head", **gate),
         "head_stale": measured("head_stale", **gate, **stale),
     }
-    chance = RandomGate(result["head"]["blocks_rolled"] / max(1, result["head"]["blocks"]), common["seed"])
-    result["random"] = measured("random", agreement_threshold=0.5, interventions=[chance])
+    rate = result["head"]["blocks_rolled"] / max(1, result["head"]["blocks"])
+    result["random"] = measured("random", write_random_gate, rate=rate)
     result["oracle"] = measured("oracle", write_oracle, **bus)
     result["oracle_stale"] = measured("oracle_stale", write_oracle, **bus, **stale)
     return {"rollback": result}

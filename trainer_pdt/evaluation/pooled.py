@@ -27,6 +27,9 @@ AREA_OF: dict[str, Callable[[Judgements, Tensor], Tensor]] = {
 }
 """What is computed from the decisions of a head."""
 
+TRUNK_MODES = ("independent", "sequential", "full_text", "note_text")
+"""Modes of writing without adapters, as they begin a part of a path below its section."""
+
 SETTINGS = ("speed/threads",)
 """Whole numbers that count nothing: kept where the seeds agree, where counts are summed."""
 
@@ -56,7 +59,7 @@ class Estimate:
     Args:
         seeds_S (`Tensor`): By seed.
         draws_B (`Tensor`): Of the bootstrap.
-        n (`int`, *optional*): What was counted, over all seeds.
+        n (`int`, *optional*): What was counted, over all seeds; text that is the same for all of them counts once.
     """
 
     seeds_S: Tensor
@@ -142,17 +145,27 @@ class Pooled:
         lengths = {len(found[path]) for found in self.documents}
         if len(lengths) != 1:
             raise ValueError(f"{path}: the seeds have {sorted(lengths)} documents, allowed: the same ones.")
-        return self.rate_of([found[path] for found in self.documents])
+        return self.rate_of(path, [found[path] for found in self.documents])
 
-    def rate_of(self, pairs: Sequence[Sequence[tuple[float, float]]]) -> Estimate:
-        """A share from what was found and what was counted, by document, for each seed."""
-        columns, count = [], 0.0
+    def rate_of(self, path: str, pairs: Sequence[Sequence[tuple[float, float]]]) -> Estimate:
+        """
+        A share from what was found and what was counted, by document, for each seed. What the trunk alone wrote, which
+        the path says, the same for every seed, counts once.
+        """
+        columns, counts = [], []
         for found in pairs:
             pairs_D2 = torch.tensor(found, dtype=torch.float64)
             sums = self.times(len(pairs_D2)) @ pairs_D2
             columns.append(sums[:, 0] / sums[:, 1])
-            count += float(pairs_D2[:, 1].sum())
-        return self._over_seeds(columns, int(count))
+            counts.append(int(pairs_D2[:, 1].sum()))
+        is_one_text = any(part.startswith(TRUNK_MODES) for part in path.split("/")[1:])
+        is_one_text &= all(found == pairs[0] for found in pairs[1:])
+        return self._over_seeds(columns, counts[0] if is_one_text else sum(counts))
+
+    def counted(self, path: str) -> Estimate:
+        """How much was counted for a share, by seed."""
+        counts_S = torch.tensor([sum(trials for _, trials in found[path]) for found in self.documents]).double()
+        return Estimate(counts_S, torch.full((self.draws,), float("nan")), int(counts_S.sum()))
 
     def area(self, path: str, name: str, finds: bool) -> Estimate:
         """A measure of [`AREA_OF`] of the decisions at a path."""
@@ -194,8 +207,9 @@ class Pooled:
         return self._merge(self.reports, "")
 
     def _over_seeds(self, columns: Sequence[Tensor], n: int) -> Estimate:
-        values_SB = torch.stack(list(columns))
-        return Estimate(values_SB[:, 0], (self.weights_BS.T * values_SB[:, 1:]).sum(0), n)
+        values_SB, weights_SB = torch.stack(list(columns)), self.weights_BS.T
+        drawn_SB = torch.where(weights_SB > 0, weights_SB * values_SB[:, 1:], 0.0)
+        return Estimate(values_SB[:, 0], drawn_SB.sum(0), n)
 
     def _merge(self, parts: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
         merged: dict[str, Any] = {}

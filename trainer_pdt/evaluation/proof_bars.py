@@ -1,5 +1,6 @@
 """The bars of the proof, held against several seeds: lower limits by the mean, upper limits by the interval's end."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,8 @@ class Bar:
     Args:
         name (`str`): What is measured.
         figure (`Callable`): Takes it from [`Pooled`]; a `KeyError` means that it was not measured.
-        comparison (`str`): `">="` compares the mean over seeds, `"<="` the upper end of the interval.
+        comparison (`str`): `">="` compares the mean over seeds, `"<="` the upper end of the interval, `"n >="` what
+            was counted over all seeds.
         limit (`float`): The bar.
     """
 
@@ -40,14 +42,16 @@ class Bar:
     limit: float
 
     def check(self, pooled: Pooled) -> dict[str, Any]:
-        """`{name, value, seeds, bar, met}`; where a seed did not measure it, `value` and `met` are `None`."""
+        """`{name, value, seeds, bar, met}`; where a seed did not measure it, or counted nothing, `met` is `None`."""
         row = {"name": self.name, "bar": f"{self.comparison} {self.limit:g}"}
         try:
             found = self.figure(pooled)
         except KeyError:
             return {**row, "value": None, "seeds": [], "met": None}
-        value = found.mean if self.comparison == ">=" else found.interval[1]
-        met = value >= self.limit if self.comparison == ">=" else value <= self.limit
+        value = {">=": found.mean, "<=": found.interval[1], "n >=": found.n}[self.comparison]
+        met = None
+        if not math.isnan(value):
+            met = value <= self.limit if self.comparison == "<=" else value >= self.limit
         return {**row, "value": found.as_dict(), "seeds": found.seeds_S.tolist(), "met": met}
 
 
@@ -77,9 +81,8 @@ def _fresh_notes(pooled: Pooled) -> Estimate:
 
 
 def _smallest_class(pooled: Pooled) -> Estimate:
-    found = [pooled.get(f"rollback/{mode}/same_round") for mode in ROLLBACK_MODES]
-    count = float(min(estimate.n or 0 for estimate in found))
-    return Estimate(found[0].seeds_S * 0 + count, found[0].draws_B * 0 + count)
+    found = [pooled.counted(f"rollback/{mode}/same_round") for mode in ROLLBACK_MODES]
+    return min(found, key=lambda counted: counted.n)
 
 
 def _lag(pooled: Pooled) -> Estimate:
@@ -120,7 +123,7 @@ BARS: tuple[Bar, ...] = (
     Bar("agreement AUROC, own text, above the best of its controls", _best_control, ">=", 0.10),
     Bar("contradictions left by the gate", _contradictions, "<=", 0.50),
     Bar("same-round recall, gate minus stale notes", _fresh_notes, ">=", 0.20),
-    Bar("references of the same round, fewest of the modes", _smallest_class, ">=", 300),
+    Bar("references of the same round, fewest of the modes", _smallest_class, "n >=", 300),
     Bar("hard documents: PDT over sequential", _hard, ">=", 0.90),
     Bar("hard documents: sequential", _recall("sequential_hard"), ">=", 0.90),
 )

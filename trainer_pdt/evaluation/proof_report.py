@@ -1,16 +1,27 @@
 """Writes the report of the proof from what its pieces left: bars, tables over seeds, comparisons, commands."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..ablation import BASE, AblationArguments, compare, report_tables
+from ..ablation import (
+    BASE,
+    HIGHER,
+    MEASURES,
+    AblationArguments,
+    compare,
+    difference_tables,
+    incomplete_table,
+    report_tables,
+    split_complete,
+)
 from ..parser import RecipeParser, load_yaml
 from ..runs import RECIPE_FILE, Run, place_of
 from ..telemetry import read_json, write_json
 from .further_tables import FURTHER_TABLES
 from .pooled import Pooled
-from .proof import ProofArguments
+from .proof import Entry, ProofArguments
 from .proof_bars import check_proof
 from .proof_plots import figures_of
 from .report import read_training
@@ -26,7 +37,7 @@ from .tables import (
     to_markdown,
 )
 from .value_kinds import value_kinds_table
-from .values import show
+from .values import measure, show
 
 POOLED_TABLES = (timing_table, *FURTHER_TABLES, heads_table, rollback_table, text_table, speed_table)
 COMPARED: tuple[tuple[str, str], ...] = (
@@ -51,19 +62,22 @@ COMPARED: tuple[tuple[str, str], ...] = (
 )
 """Figures in which evaluated trainings are compared, and where they stand."""
 
-FREE_RUNNING = (
-    ("recall, core", "curves/bus_lag/1/pdt"),
-    ("lag 2", "curves/bus_lag/2/pdt"),
-    ("two hops", "two_hop/repeated/pdt"),
-)
-"""Free-running figures of ablations."""
+FREE_RUNNING = {
+    "recall, core": "curves/bus_lag/1/pdt",
+    "lag 2": "curves/bus_lag/2/pdt",
+    "owner follows": "curves/bus_lag/1/classes/late",
+    "two hops": "two_hop/repeated/pdt",
+}
+"""Free-running figures of ablations: the shares of consistent references, and where they stand."""
+FREE = ", free-running"
 
 RESULTS = {True: "met", False: "missed", None: "not measured"}
 ABOUT = (
     "Held-out documents of the procedural worlds ([worlds.md](../worlds.md)), free-running decoding at temperature 1. "
     "Estimates are means over training seeds. Intervals (95 %) resample seeds and documents, the same documents for "
     "every seed; seeds are few, so the single ones stand beside the mean. A lower bar is held against the estimate, "
-    "an upper one against the upper end of the interval."
+    "an upper one against the upper end of the interval. Counts are over all seeds; what the trunk alone writes is "
+    "the same for each and counts once."
 )
 
 
@@ -130,7 +144,8 @@ def bars_table(bars: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Table
     for bar in bars:
         value = bar["value"] or {"n": None}
         shown = "" if bar["value"] is None else show(value) or "nothing counted"
-        seeds_shown = [show(one) or "-" for one in bar["seeds"]] or [""] * len(seeds)
+        seeds_shown = [show(one) or "-" for one in bar["seeds"]]
+        seeds_shown += [""] * (len(seeds) - len(seeds_shown))
         cells = [shown, "" if value["n"] is None else str(value["n"]), *seeds_shown]
         rows.append([bar["name"], bar["bar"], *cells, RESULTS[bar["met"]]])
     columns = ("measure", "wanted", "estimate", "n", *(f"seed {seed}" for seed in seeds), "result")
@@ -148,41 +163,65 @@ def compared_table(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]
                 found[f"{entry.says} ({count} seed{'s' * (count > 1)})"] = pooled
     rows = []
     for label, path in COMPARED:
-        cells = [_cell(pooled, path) for pooled in found.values()]
+        cells = [show(_figure(pooled, path)) for pooled in found.values()]
         if any(cells):
             rows.append([label, *cells])
     return Table("Recipes and trunks", ("measure", *found), rows if len(found) > 1 else [])
 
 
 def ablation_tables(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]], root: Path) -> list[Table]:
-    """What each choice buys: teacher-forced differences to the base, and free-running figures where evaluated."""
+    """What each choice buys: teacher-forced, and free-running where evaluated."""
     tables: list[Table] = []
     for name, entry in arguments.checked.items():
         source = arguments.checked.get(entry.of or "")
         if entry.kind == "ablate":
-            (ablation,) = RecipeParser(AblationArguments).parse_values(
-                load_yaml(root / str(entry.recipe)) | entry.options
-            )
-            results: dict[str, dict[int, Any]] = {}
-            for run in pieces[name]:
-                if (result := run.result()) is not None:
-                    results.setdefault(run.case, {})[run.seed] = result
-            if len(results.get(BASE, {})) == len(ablation.seeds):
-                tables += report_tables(compare(ablation, results))
+            found = [(run, run.result()) for run in pieces[name]]
+            tables += _compared(entry, found, root, MEASURES, report_tables)
         elif entry.kind == "evaluate" and source is not None and source.kind == "ablate":
-            tables.append(_free_running(pieces[name]))
+            found = [(run, _free_running(run)) for run in pieces[name]]
+            measures = dict.fromkeys(FREE_RUNNING, HIGHER)
+            tables += _compared(source, found, root, measures, partial(_free_running_tables, found=found))
     return tables
 
 
-def _free_running(runs: Sequence[Run]) -> Table:
-    rows = []
-    for case in dict.fromkeys(run.case for run in runs):
-        pooled = read_pooled([run for run in runs if run.case == case])
-        if pooled is not None:
-            cells = [_cell(pooled, path) for _, path in FREE_RUNNING]
-            rows.append([case.partition("/")[2], str(len(pooled.reports)), *cells])
-    columns = ("case", "seeds", *(label for label, _ in FREE_RUNNING))
-    return Table("Ablations, free-running", columns, rows)
+def _compared(
+    entry: Entry,
+    found: Sequence[tuple[Run, dict[str, Any] | None]],
+    root: Path,
+    measures: Mapping[str, int],
+    tables: Callable[[dict[str, Any]], list[Table]],
+) -> list[Table]:
+    """Tables of what was found of the ablations of an entry; without a complete base only what is there."""
+    values = load_yaml(root / str(entry.recipe)) | entry.options
+    (ablation,) = RecipeParser(AblationArguments).parse_values(values)
+    results: dict[str, dict[int, Any]] = {}
+    for run, result in found:
+        if result is not None:
+            results.setdefault(run.case.rpartition("/")[2], {})[run.seed] = result
+    complete, incomplete = split_complete(ablation, results)
+    if BASE in complete:
+        return tables(compare(ablation, results, measures))
+    return [incomplete_table(incomplete)] if results else []
+
+
+def _free_running(run: Run) -> dict[str, Any] | None:
+    pooled = read_pooled([run])
+    if pooled is None:
+        return None
+    found = {label: measure(_figure(pooled, path)) for label, path in FREE_RUNNING.items()}
+    return {
+        "measures": {label: one.mean for label, one in found.items() if one is not None},
+        "counted": {label: one.n for label, one in found.items() if one is not None},
+    }
+
+
+def _free_running_tables(report: dict[str, Any], found: Sequence[tuple[Run, dict[str, Any] | None]]) -> list[Table]:
+    ranges = []
+    for label in report["measures"]:
+        counts = [result["counted"][label] for _, result in found if result and label in result["counted"]]
+        ranges += [f"{label} {min(counts)} to {max(counts)}"] if counts else []
+    how = f"free-running on the same held-out documents with every seed; references of a run: {', '.join(ranges)}"
+    return [*difference_tables(report, how, FREE), incomplete_table(report["incomplete"], FREE)]
 
 
 def list_table(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]]) -> Table:
@@ -207,8 +246,8 @@ def commands_of(pieces: Mapping[str, Sequence[Run]], root: Path, command: str) -
     return "\n".join(["## Commands", "", about, f"Code: {', '.join(code)}.", "", "```", *lines, "```", ""])
 
 
-def _cell(pooled: Pooled, path: str) -> str:
+def _figure(pooled: Pooled, path: str) -> dict[str, Any] | None:
     try:
-        return show(pooled.get(path).as_dict())
+        return pooled.get(path).as_dict()
     except KeyError:
-        return ""
+        return None

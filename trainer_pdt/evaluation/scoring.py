@@ -14,7 +14,7 @@ from ..data.counting import (
     reference_rate,
 )
 from ..data.schema import Document
-from ..data.worlds import is_heldout
+from ..data.worlds import chance_by_cue, is_heldout
 from ..data.worlds_parser import parse_section
 
 TIMINGS = ("feasible", "pending", "same", "late", "evicted")
@@ -190,6 +190,16 @@ def best_f1_threshold(curve: Sequence[Sequence[float]]) -> float:
     if not curve:
         raise ValueError("the curve is empty: no item was ever covered; give more documents.")
     return max(curve, key=lambda point: (2 * point[0] * point[1] / (point[0] + point[1] or 1), -point[2]))[2]
+
+
+def mean_chance(counts: Sequence[DocumentCounts]) -> float:
+    """
+    Chance of the visible references: the share whose value would be the owner's if each named a random value of its
+    cue, of all that the trunk may state, also those that adapter training never does.
+    """
+    chance = chance_by_cue(heldout_values=None)
+    cues = [reference.cue for count in counts for reference in count.select("feasible")]
+    return sum(chance[cue] for cue in cues) / max(1, len(cues))
 
 
 def rollback_counts(counts: Sequence[DocumentCounts], events: Sequence[Sequence[dict]]) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import PDTForParallelDecoding
-from modeling_pdt.interventions import RandomGate
 
 from ..calibration import Judgements, assess, calibrate, fit_scaling, scaled
 from ..collator import PDTDataCollator
-from ..data.counting import DocumentCounts, matching_chance, reference_rate
+from ..data.counting import DocumentCounts, reference_rate
 from ..data.schema import Document
+from ..data.worlds import chance_by_cue
 from ..evaluation_pass import BUS_MIXES, TeacherForcedMetrics
 from ..features import FeatureMaker, collect_values
 from ..nli import load_nli_scorer
@@ -33,6 +33,7 @@ from .modes import (
     twin_prompts,
     write_full_text,
     write_parallel,
+    write_random_gate,
     write_sequential,
     write_swapped,
 )
@@ -40,6 +41,7 @@ from .scoring import (
     by_value,
     count_written,
     coverage_decisions,
+    mean_chance,
     plan_adherence,
     rate_dict,
     reference_classes,
@@ -61,9 +63,6 @@ RECALL_MODES = (*PARALLEL_MODES, "independent", "sequential", "full_text")
 
 OTHER_DRAWS = 1000
 """What is added to the seed where other draws are wanted; a section of a document takes the next one."""
-
-CHANCE_DOCUMENTS = 2000
-"""Training documents of each kind on which chance is measured."""
 
 
 class Evaluation:
@@ -135,6 +134,7 @@ class Evaluation:
             "sequential": (write_sequential, {}),
             "sequential_again": (write_sequential, {"seed": self.arguments.eval_seed + OTHER_DRAWS}),
             "full_text": (write_full_text, {"block_size": self.model.config.block_size}),
+            "pdt_gate_random": (write_random_gate, {}),
         }
         return ways.get(mode, (write_parallel, parallel))
 
@@ -216,18 +216,13 @@ class Evaluation:
                 )
             recall |= {f"{mode}_{kind}": rate for kind, rate in by_value(self.counts[mode]).items()}
         recall |= self._swapped(pairs)
-        chance = matching_chance(held_out_documents("train", CHANCE_DOCUMENTS, CHANCE_DOCUMENTS))
-        feasible = [r.cue for count in self.counts["pdt"] for r in count.select("feasible")]
         return {
             "sibling_fact_recall": recall,
             "reference_classes": {mode: reference_classes(found) for mode, found in counts.items()},
             "references_emitted": {
                 mode: references_relative(found, counts["sequential"]) for mode, found in counts.items()
             },
-            "chance": {
-                "overall": sum(chance.get(cue, 0.0) for cue in feasible) / max(1, len(feasible)),
-                "by_cue": chance,
-            },
+            "chance": {"overall": mean_chance(self.counts["pdt"]), "by_cue": chance_by_cue(heldout_values=None)},
             "plan": self._adherence("pdt") | {mode: self._adherence(mode) for mode in ("independent", "sequential")},
         }
 
@@ -251,8 +246,7 @@ class Evaluation:
         self.write("pdt_gate")
         self.write("pdt_gate_stale", **calibrated_gate(self.model), retry_policy="stale")
         rolled = rollback_counts(self.counts["pdt_gate"], self.written["pdt_gate"].events)
-        chance = RandomGate(rolled["blocks_rolled"] / max(1, rolled["blocks"]), self.arguments.eval_seed)
-        self.write("pdt_gate_random", agreement_threshold=0.5, interventions=[chance])
+        self.write("pdt_gate_random", rate=rolled["blocks_rolled"] / max(1, rolled["blocks"]))
         names = {"none": "pdt", "head": "pdt_gate", "head_stale": "pdt_gate_stale", "random": "pdt_gate_random"}
         return {name: rollback_counts(self.counts[mode], self.written[mode].events) for name, mode in names.items()}
 

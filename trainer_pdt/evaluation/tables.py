@@ -287,7 +287,7 @@ def speed_table(evaluation: Mapping[str, Any]) -> Table:
         if isinstance(value, Mapping):
             details = {name: item for name, item in value.items() if name not in ("mean", "low", "high", "n")}
             rows += [[f"- {name}", text, "", ""] for name, text in flat(details)]
-    note = "Medians of ratios of interleaved pairs in one run, with their quartiles."
+    note = "Medians of ratios of interleaved pairs in one run, with their quartiles; of several runs their means."
     return Table("Speed", ("measure", "value", "quartiles", "pairs"), rows, note)
 
 

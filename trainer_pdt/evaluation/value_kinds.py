@@ -19,7 +19,7 @@ def value_kinds_table(pooled: Pooled) -> Table:
         cores = len(pooled.documents[0][f"{path}_core"])
         for kind, place in (("core", slice(cores)), ("hard", slice(cores, None))):
             seeds = [by_kind(found, path, place) for found in pooled.documents]
-            cells = [counted(pooled.rate_of([kinds[name] for kinds in seeds]).as_dict()) for name in KINDS]
+            cells = [counted(pooled.rate_of(path, [kinds[name] for kinds in seeds]).as_dict()) for name in KINDS]
             rows.append([MODES[f"{mode}_{kind}"], *cells])
     note = (
         "Share of consistent references to facts of earlier, visible rounds and, in brackets, their number. "

@@ -7,11 +7,10 @@ from trainer_pdt.data.counting import (
     bootstrap_rate,
     count_document,
     is_known_value,
-    matching_chance,
     reference_rate,
 )
 from trainer_pdt.data.schema import Document, PlanItem, Stream
-from trainer_pdt.data.worlds import chance_by_cue, fact_values, generate_documents
+from trainer_pdt.data.worlds import generate_documents
 
 
 def make_document(*cues: tuple[str, int], num_streams: int = 3) -> Document:
@@ -134,11 +133,3 @@ def test_bootstrap_covers_the_share_and_resamples_documents():
     mixed = bootstrap_rate([(4, 4), (0, 4)] * 20)
     assert mixed.mean == 0.5 and mixed.low < 0.4 and mixed.high > 0.6
     assert bootstrap_rate([(0, 0)]).n == 0
-
-
-def test_measured_chance_is_near_the_pool():
-    documents = list(generate_documents("test", 0, 4000, with_notes=False))
-    measured, expected = matching_chance(documents), chance_by_cue()
-    core = [cue for cue in measured if not cue.endswith("year")]
-    assert all(abs(measured[cue] - expected[cue]) < 0.02 for cue in core)
-    assert set(fact_values(documents[0])) <= set(expected)

@@ -1,6 +1,7 @@
 """The worlds: determinism, splits, plan limits, held-out parts, twins, notes, and the parser's exactness."""
 
 import random
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -234,6 +235,20 @@ def test_chance_is_one_over_the_pool():
     assert chance["main crop"] == pytest.approx(1 / 16)
     assert chance["chief farmer"] == pytest.approx(1 / 256)
     assert chance_by_cue(heldout_values=True)["main crop"] == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("heldout", [False, None])
+def test_chance_is_how_often_two_documents_state_the_same_value(heldout):
+    stated = {}
+    for document in documents(1500, "test", heldout_values=heldout):
+        for cue, value in fact_values(document).items():
+            stated.setdefault(cue, Counter())[value] += 1
+    chance = chance_by_cue(heldout)
+    same = sum(count * (count - 1) for values in stated.values() for count in values.values())
+    sizes = {cue: values.total() * (values.total() - 1) for cue, values in stated.items()}
+    assert same / sum(sizes.values()) == pytest.approx(
+        sum(chance[cue] * size for cue, size in sizes.items()) / sum(sizes.values()), rel=0.05
+    )
 
 
 def test_most_references_are_ready_and_some_are_not():

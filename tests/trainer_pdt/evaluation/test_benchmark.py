@@ -64,7 +64,6 @@ def short(model, monkeypatch):
 @pytest.fixture
 def evaluation(model, tokenizer, monkeypatch):
     monkeypatch.setattr(suite, "VALUE_DOCUMENTS", 60)
-    monkeypatch.setattr(suite, "CHANCE_DOCUMENTS", 60)
     arguments = EvaluationArguments(
         core_documents=20, hard_documents=3, calibration_documents=8, speed_documents=2, decode_batch=8
     )

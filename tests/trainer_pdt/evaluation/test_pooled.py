@@ -62,6 +62,43 @@ def test_draws_without_a_trial_are_left_out():
     assert math.isnan(empty.mean) and all(map(math.isnan, empty.interval))
 
 
+@pytest.mark.parametrize(
+    ("path", "second", "count"),
+    [
+        ("two_hop/repeated/sequential", [(1, 2), (0, 1)], 3),
+        ("recall/full_text_core", [(1, 2), (0, 1)], 3),
+        ("note_text/note_text", [(1, 2), (0, 1)], 3),
+        ("note_text/pdt", [(1, 2), (0, 1)], 6),
+        ("recall/independent", [(2, 2), (0, 1)], 6),  # another trunk
+        ("recall/pdt", [(1, 2), (0, 1)], 6),  # by chance
+    ],
+)
+def test_what_the_trunk_alone_wrote_counts_once(path, second, count):
+    assert make([{path: [(1, 2), (0, 1)]}, {path: second}]).rate(path).n == count
+
+
+def test_a_seed_that_counted_nothing_spoils_only_the_draws_that_hold_it():
+    pooled = make([{"a": [(1, 2)]}, {"a": [(0, 0)]}], draws=200)
+    held = pooled.weights_BS[:, 1] > 0
+    assert pooled.rate("a").draws_B.isnan().equal(held) and 0 < held.sum() < 200
+
+
+def test_counts_of_a_class_are_told_by_seed_and_held_against_their_sum():
+    documents = [perfect(), perfect()]
+    for seed, count in enumerate((2, 4)):
+        documents[seed]["rollback/oracle/same_round"] = [(1, count)] * 50
+    rows = {row["name"]: row for row in check_proof(Pooled([{"chance": {"overall": 0.06}}] * 2, documents, 20))}
+    row = rows["references of the same round, fewest of the modes"]
+    assert row["seeds"] == [100.0, 200.0] and row["value"]["n"] == 300 and row["bar"] == "n >= 300" and row["met"]
+
+
+def test_a_bar_on_nothing_is_not_missed():
+    (row,) = [
+        row for row in check_proof(make([{"sibling_fact_recall/pdt": [(0, 0)]}])) if row["name"].endswith("all types")
+    ]
+    assert row["met"] is None and math.isnan(row["value"]["mean"])
+
+
 def test_areas_of_decisions_over_seeds():
     clear = [[(0.9, True), (0.1, False)], [(0.8, True)], [], [(0.2, False)]]
     mixed = [[(0.9, True), (0.1, False)], [(0.1, True)], [], [(0.9, False)]]

@@ -225,11 +225,29 @@ def test_the_report_is_of_what_is_there(root):
     assert "| measure | measured (2 seeds) | on the trunk (1 seed) |" in text
     assert "| recall, all types | 0.875 (0.750 to 1.000) | 0.500 (0.500 to 0.500) |" in text
     assert "| without_x | base | **-0.250** |" in text
-    assert "| without_x | 2 | 0.250 (0.250 to 0.250) |  |  |" in text
+    assert "## Differences, free-running" in text and text.count("| without_x | base | **-0.250** |") == 2
+    assert "| without_x | 0.250 (0.250, 0.250) |" in text and "references of a run: recall, core 40 to 40." in text
+    assert "Not complete" not in text
     assert "python recipes/evaluate.py --config build/proof/full_seen/seed_1/recipe.yaml" in text
     data = read_json(root / "docs/worlds/proof.json")
     assert data["pooled"]["sibling_fact_recall"]["pdt"]["n"] == 80
     assert [bar["met"] for bar in data["bars"]] == [False, *[None] * 30]
+
+
+@pytest.mark.parametrize(("case", "seed"), [("without_x", 2), ("base", 1)])
+def test_the_report_names_ablations_that_are_not_complete(root, case, seed):
+    arguments = make()
+    pieces = plan_pieces(arguments, root)
+    evaluated(pieces["full_seen"][0], 3)
+    for run, seen in zip(pieces["less"], pieces["less_seen"], strict=True):
+        if (run.case, run.seed) != (case, seed):
+            finish(run, seconds_per_step=0.5, measures={"sibling_value_accuracy": 0.5})
+            evaluated(seen, 2)
+    text = write_proof_report(arguments, pieces, root, "recipes/proof.py").read_text(encoding="utf-8")
+    there = {1: "2", 2: "1"}[seed]
+    for where in ("", ", free-running") if case != "base" else ("",):
+        assert f"## Not complete{where}\n\n| case | seeds that are there |\n|---|---|\n| {case} | {there} |\n" in text
+    assert ("## Values" in text) is (case != "base")
 
 
 @pytest.mark.parametrize("name", ["proof", "proof_smoke"])

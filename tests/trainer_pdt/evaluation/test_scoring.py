@@ -1,5 +1,6 @@
 """Numbers from written documents, against values counted by hand."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +8,14 @@ import pytest
 from trainer_pdt.data.counting import DocumentCounts, Rate, Reference, StreamText, reference_rate
 from trainer_pdt.data.schema import Document, PlanItem, Stream
 from trainer_pdt.data.worlds import generate_documents
+from trainer_pdt.data.worlds_lexicon import values_of
 from trainer_pdt.evaluation.scoring import (
     TIMINGS,
     best_f1_threshold,
     by_value,
     count_written,
     coverage_decisions,
+    mean_chance,
     plan_adherence,
     precision_recall,
     precision_recall_curve,
@@ -100,6 +103,19 @@ def test_by_value_tells_values_of_training_from_others():
         "trained_values": (1.0, 1),
         "heldout_values": (0.0, 1),
     }
+
+
+def test_chance_counts_every_value_that_a_trunk_may_state():
+    """Owner and reader draw from all values of the cue; references that no note can have told do not count."""
+    values, rng = values_of(METAL), random.Random(0)
+    texts = [
+        [blocks(says(METAL, rng.choice(values)), " "), blocks(" ", says(METAL, rng.choice(values)))]
+        for _ in range(4000)
+    ]
+    counts = count_written([make_document()] * len(texts), texts, 1, 16)
+    assert mean_chance(counts) == pytest.approx(1 / len(values))
+    assert reference_rate(counts).mean == pytest.approx(mean_chance(counts), abs=0.01)
+    assert mean_chance([make_counts(make_reference("late", True))]) == 0.0
 
 
 def test_swapped_rates_tell_whom_a_stream_follows():

@@ -287,7 +287,7 @@ def test_rollback_has_its_controls():
     assert calls["none"]["agreement_threshold"] is None and calls["head"]["agreement_threshold"] == 0.25
     assert calls["head"]["agreement_scaling"] == calls["head_stale"]["agreement_scaling"] == [0.5, 1.0]
     assert calls["head_stale"]["retry_policy"] == calls["oracle_stale"]["retry_policy"] == "stale"
-    assert calls["random"]["interventions"][0].rate == 0.0
+    assert calls["random"]["rate"] == 0.0
     evaluation.model.generation_config.agreement_threshold = None
     with pytest.raises(ValueError, match="agreement_threshold is None"):
         oracle.rollback_controls(evaluation)
