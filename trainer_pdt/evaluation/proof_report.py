@@ -50,6 +50,7 @@ COMPARED: tuple[tuple[str, str], ...] = (
     ("follows swapped notes", "sibling_fact_recall/swapped_follow"),
     ("values never trained on", "sibling_fact_recall/pdt_heldout_values"),
     ("two hops", "two_hop/repeated/pdt"),
+    ("owner follows", "reference_classes/pdt/late"),
     ("lag 2", "curves/bus_lag/2/pdt"),
     ("decoded with 2 streams", "curves/num_streams/2/pdt"),
     ("decoded with 4 streams", "curves/num_streams/4/pdt"),
@@ -70,6 +71,7 @@ FREE_RUNNING = {
 }
 """Free-running figures of ablations: the shares of consistent references, and where they stand."""
 FREE = ", free-running"
+FOLLOWS = "Owner follows: of facts that a sibling repeated before their owner stated them, those that agree."
 
 RESULTS = {True: "met", False: "missed", None: "not measured"}
 ABOUT = (
@@ -166,7 +168,11 @@ def compared_table(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]
         cells = [show(_figure(pooled, path)) for pooled in found.values()]
         if any(cells):
             rows.append([label, *cells])
-    return Table("Recipes and trunks", ("measure", *found), rows if len(found) > 1 else [])
+    note = (
+        "All on the first held-out documents of the same split, some on fewer of them (`core_documents`, "
+        f"`hard_documents` and `section_documents` of their recipes). {FOLLOWS}"
+    )
+    return Table("Recipes and trunks", ("measure", *found), rows if len(found) > 1 else [], note)
 
 
 def ablation_tables(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]], root: Path) -> list[Table]:
@@ -220,7 +226,8 @@ def _free_running_tables(report: dict[str, Any], found: Sequence[tuple[Run, dict
     for label in report["measures"]:
         counts = [result["counted"][label] for _, result in found if result and label in result["counted"]]
         ranges += [f"{label} {min(counts)} to {max(counts)}"] if counts else []
-    how = f"free-running on the same held-out documents with every seed; references of a run: {', '.join(ranges)}"
+    how = f"free-running on the same held-out documents with every seed; references of a run: {', '.join(ranges)}; "
+    how += FOLLOWS[0].lower() + FOLLOWS[1:].rstrip(".")
     return [*difference_tables(report, how, FREE), incomplete_table(report["incomplete"], FREE)]
 
 

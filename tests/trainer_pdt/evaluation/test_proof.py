@@ -226,7 +226,7 @@ def test_the_report_is_of_what_is_there(root):
     assert "| recall, all types | 0.875 (0.750 to 1.000) | 0.500 (0.500 to 0.500) |" in text
     assert "| without_x | base | **-0.250** |" in text
     assert "## Differences, free-running" in text and text.count("| without_x | base | **-0.250** |") == 2
-    assert "| without_x | 0.250 (0.250, 0.250) |" in text and "references of a run: recall, core 40 to 40." in text
+    assert "| without_x | 0.250 (0.250, 0.250) |" in text and "references of a run: recall, core 40 to 40;" in text
     assert "Not complete" not in text
     assert "python recipes/evaluate.py --config build/proof/full_seen/seed_1/recipe.yaml" in text
     data = read_json(root / "docs/worlds/proof.json")
