@@ -240,14 +240,14 @@ def test_chance_is_one_over_the_pool():
 @pytest.mark.parametrize("heldout", [False, None])
 def test_chance_is_how_often_two_documents_state_the_same_value(heldout):
     stated = {}
-    for document in documents(1500, "test", heldout_values=heldout):
+    for document in documents(500, "test", heldout_values=heldout):
         for cue, value in fact_values(document).items():
             stated.setdefault(cue, Counter())[value] += 1
     chance = chance_by_cue(heldout)
     same = sum(count * (count - 1) for values in stated.values() for count in values.values())
     sizes = {cue: values.total() * (values.total() - 1) for cue, values in stated.items()}
     assert same / sum(sizes.values()) == pytest.approx(
-        sum(chance[cue] * size for cue, size in sizes.items()) / sum(sizes.values()), rel=0.05
+        sum(chance[cue] * size for cue, size in sizes.items()) / sum(sizes.values()), rel=0.08
     )
 
 

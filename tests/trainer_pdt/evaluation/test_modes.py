@@ -117,14 +117,14 @@ def test_section_text_ends_rounds_at_characters_and_drops_eos(tokenizer):
 
 
 def test_blocks_withdrawn_by_chance_are_others_in_every_batch(model, tokenizer, documents):
-    written = write_random_gate(model, tokenizer, documents, rate=0.4, batch_size=1, max_new_tokens=6 * BLOCK)
+    written = write_random_gate(model, tokenizer, documents, rate=0.4, batch_size=1, max_new_tokens=4 * BLOCK)
     places = [
         frozenset((event["stream"], event["round"]) for event in events if event["kind"] == "rollback")
         for events in written.events
     ]
     assert all(places) and len(set(places)) > 1
-    again = write_random_gate(model, tokenizer, documents[2:], rate=0.4, batch_size=1, max_new_tokens=6 * BLOCK)
-    assert texts_of(again) == texts_of(written)[2:]
+    again = write_random_gate(model, tokenizer, documents[3:], rate=0.4, batch_size=1, max_new_tokens=4 * BLOCK)
+    assert texts_of(again) == texts_of(written)[3:]
 
 
 def test_batches_keep_every_item_in_order():

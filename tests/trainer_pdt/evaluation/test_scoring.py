@@ -110,11 +110,11 @@ def test_chance_counts_every_value_that_a_trunk_may_state():
     values, rng = values_of(METAL), random.Random(0)
     texts = [
         [blocks(says(METAL, rng.choice(values)), " "), blocks(" ", says(METAL, rng.choice(values)))]
-        for _ in range(4000)
+        for _ in range(1500)
     ]
     counts = count_written([make_document()] * len(texts), texts, 1, 16)
     assert mean_chance(counts) == pytest.approx(1 / len(values))
-    assert reference_rate(counts).mean == pytest.approx(mean_chance(counts), abs=0.01)
+    assert reference_rate(counts).mean == pytest.approx(mean_chance(counts), abs=0.02)
     assert mean_chance([make_counts(make_reference("late", True))]) == 0.0
 
 
