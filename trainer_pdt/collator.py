@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt import PDTConfig
 
-from .features import UNKNOWN
 from .losses import IGNORE_INDEX
+from .token_places import UNKNOWN
 
 NO_SOURCE = -1
 SOURCE_NEVER = 1 << 20
@@ -81,8 +81,9 @@ class PDTDataCollator:
 
             - `input_ids`, `attention_mask`, `position_ids`, `labels`, `stream_ids`, `write_round`, `read_round`,
               `block_offset`, `own_mask`, `prompt_mask`, `planner_mask` (the request), `reference` (number of the
-              repeated fact, -1 = none) and `source_round` (round that completed the fact at its source, -1 = no
-              repeated fact) `[R, T]`, the last two and `own_mask` aligned with `labels`;
+              repeated fact, -1 = none) and `source_round` (round that completed the fact at its source, or for an
+              owner's first statement the sibling's that told it in an earlier round; -1 = no repeated fact) `[R, T]`,
+              the last two and `own_mask` aligned with `labels`;
             - `item_ids`, `item_mask` `[B, P, L]`, `plan_slots` `[B, slots]`;
             - `coverage_targets`, `coverage_mask` `[R, V, P]`: own items stated by the end of each round;
             - `note_ids`, `note_mask`, `noisy_note_ids`, `noisy_note_mask` `[R, V, L]`;
@@ -133,7 +134,6 @@ class PDTDataCollator:
                 f"{self.max_row_tokens}."
             )
         written = [token // size for token in range(length)]
-        sources = [token // size if token >= 0 else SOURCE_NEVER for token in view["source_token"][stream]]
         adapter = stream % self.num_streams
         row = {
             "input_ids": ids,
@@ -148,10 +148,19 @@ class PDTDataCollator:
             "prompt_mask": [1] * prompt + [0] * (len(ids) - prompt),
             "planner_mask": [1] * request + [0] * (len(ids) - request),
             "reference": [-1] * opening + list(view["reference"][stream]),
-            "source_round": [NO_SOURCE] * opening
-            + [sources[number] if number >= 0 else NO_SOURCE for number in view["reference"][stream]],
+            "source_round": [NO_SOURCE] * opening + self._source_rounds(view, stream),
         }
         return row | _variants(view, stream, opening) if self.with_variants else row
+
+    def _source_rounds(self, view: Mapping[str, Any], stream: int) -> list[int]:
+        """By token the round that completed its fact at a sibling; an owner repeats what one told in an earlier round."""
+        size = self.block_size
+        sources = [token // size if token >= 0 else SOURCE_NEVER for token in view["source_token"][stream]]
+        rounds = [sources[number] if number >= 0 else NO_SOURCE for number in view["reference"][stream]]
+        for token, told in enumerate(view["told_token"][stream]):
+            if told >= 0 and told // size < token // size:
+                rounds[token] = told // size
+        return rounds
 
     def _pad_rows(self, rows: list[dict[str, list]], prompts: list[int]) -> dict[str, Tensor]:
         """Rows of one length; `prompts` are the lengths of their prompts."""

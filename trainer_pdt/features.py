@@ -17,26 +17,17 @@ from transformers import PreTrainedTokenizerBase
 from modeling_pdt.plan import plan_bucket
 
 from .arguments import DataArguments
-from .data.notes import source_of
 from .data.publish import DOCUMENT_FEATURES, document_from_row, load_published
-from .data.schema import Document, Fact, Stream
+from .data.schema import Document, Fact
 from .data.worlds import WorldOptions, generate_document
 from .render import render_header, render_outline, render_request
-from .variants import collect_items, contrary_fact, contrary_items, is_disputable, render_fact
+from .token_places import item_tokens, mark_tokens, source_places, token_range, told_tokens
+from .variants import collect_items, contrary_fact, contrary_items, render_fact
 
 VALUE_DOCUMENTS = 500
 """Documents from which values (procedural ones) and plan items for contradictions are collected."""
 
 MAX_KNOWN_TEXTS = 50_000
-
-NEVER = -1
-"""Token index of something that no text states."""
-
-UNKNOWN = -2
-"""Token index of a plan item of which the data does not say whether, or where, its section states it."""
-
-NO_LABEL = -1
-"""Readiness of a repeated fact that the data does not judge."""
 
 
 def collect_values(documents: Iterable[Document]) -> dict[str, tuple[str, ...]]:
@@ -165,8 +156,9 @@ class FeatureMaker:
 
         Returns:
             `dict` of lists by stream: `section_ids` (with EOS), `reference` (number of the repeated fact that a token
-            belongs to, -1 for none), `own` (token of an own value), `planted` (token of a replaced value), per
-            repeated fact `source_stream`, `source_token` (last token of its first statement, -1 = never),
+            belongs to, -1 for none), `own` (token of an own value), `told_token` (for a token of an own value's first
+            statement, last token of the first sibling's statement of it, -1 = none), `planted` (token of a replaced
+            value), per repeated fact `source_stream`, `source_token` (last token of its first statement, -1 = never),
             `contradicts`, `disputable` (its source's contradicting note has another value) and `ready` (of the data,
             -1 = no label), per fact of the true, contradicting and noisy notes `fact_ids`, `contrary_ids`,
             `fact_token`, `noisy_ids`, `paraphrase_ids` (the noisy ones in other words), `noisy_token`; and by plan
@@ -177,18 +169,19 @@ class FeatureMaker:
         )
         offsets = encodings["offset_mapping"]
         ranges = [
-            [_token_range(offsets[stream.stream_id], span.start, span.end) for span in stream.spans]
+            [token_range(offsets[stream.stream_id], span.start, span.end) for span in stream.spans]
             for stream in document.streams
         ]
         view: dict[str, list] = {key: [] for key in ("section_ids", "reference", "own", "planted")}
         for stream, ids in zip(document.streams, encodings["input_ids"], strict=True):
             number = stream.stream_id
             view["section_ids"].append([*ids, self.tokenizer.eos_token_id])
-            marks = _mark_tokens(len(ids) + 1, stream, ranges[number], {n for s, n in planted if s == number})
+            marks = mark_tokens(len(ids) + 1, stream, ranges[number], {n for s, n in planted if s == number})
             for key, values in marks.items():
                 view[key].append(values)
-        view |= _sources(document, original, ranges, planted, self.values)
-        view["item_token"] = _item_tokens(document, ranges)
+        view["told_token"] = told_tokens(document, ranges, [len(ids) for ids in view["section_ids"]])
+        view |= source_places(document, original, ranges, planted, self.values)
+        view["item_token"] = item_tokens(document, ranges)
         return view | self._notes(document, planted, offsets, variant)
 
     def _notes(
@@ -216,7 +209,7 @@ class FeatureMaker:
         }
         for name in ("fact", "noisy"):
             notes[f"{name}_token"] = [
-                [_token_range(ends, fact.start, fact.end)[1] - 1 for fact in facts]
+                [token_range(ends, fact.start, fact.end)[1] - 1 for fact in facts]
                 for facts, ends in zip(chosen[name], offsets, strict=True)
             ]
         return notes
@@ -234,67 +227,6 @@ class FeatureMaker:
     def __getstate__(self) -> dict[str, Any]:
         """Without what it remembers, so that `datasets` sees the same maker before and after its use."""
         return {**self.__dict__, "_known": {}}
-
-
-def _token_range(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """First token and the one after the last that overlap characters `start..end`; an empty range is token 0."""
-    inside = [index for index, (a, b) in enumerate(offsets) if a < end and b > start]
-    return (inside[0], inside[-1] + 1) if inside else (0, 1)
-
-
-def _mark_tokens(length: int, stream: Stream, ranges: list[tuple[int, int]], planted: set[int]) -> dict[str, list]:
-    reference, own, replaced = [-1] * length, [False] * length, [False] * length
-    count = 0
-    for number, (span, (start, end)) in enumerate(zip(stream.spans, ranges, strict=True)):
-        for token in range(start, end):
-            own[token] = span.kind == "own"
-            reference[token] = count if span.kind == "sibling" else -1
-            replaced[token] = number in planted
-        count += span.kind == "sibling"
-    return {"reference": reference, "own": own, "planted": replaced}
-
-
-def _sources(
-    document: Document,
-    original: Document,
-    ranges: list[list[tuple[int, int]]],
-    planted: set[tuple[int, int]],
-    values: Mapping[str, Sequence[str]],
-) -> dict[str, list]:
-    names = ("source_stream", "source_token", "contradicts", "disputable", "ready")
-    sources: dict[str, list] = {name: [] for name in names}
-    for stream in document.streams:
-        found = [
-            (number, source_of(original.streams, stream.stream_id, original.streams[stream.stream_id].spans[number]))
-            for number, span in enumerate(stream.spans)
-            if span.kind == "sibling"
-        ]
-        said = [(number, place and document.streams[place[0]].spans[place[1]]) for number, place in found]
-        sources["source_stream"].append([place[0] if place else -1 for _, place in found])
-        sources["source_token"].append([ranges[place[0]][place[1]][1] - 1 if place else NEVER for _, place in found])
-        sources["contradicts"].append(
-            [span is not None and span.value != stream.spans[number].value for number, span in said]
-        )
-        sources["disputable"].append(
-            [
-                place is not None and place not in planted and is_disputable(place[0], span, values)
-                for (_, place), (_, span) in zip(found, said, strict=True)
-            ]
-        )
-        sources["ready"].append([int(ready) for ready in stream.ready] if stream.ready else [NO_LABEL] * len(found))
-    return sources
-
-
-def _item_tokens(document: Document, ranges: list[list[tuple[int, int]]]) -> list[int]:
-    stated: dict[str, int] = {}
-    for stream in document.streams:
-        for span, (_, end) in zip(stream.spans, ranges[stream.stream_id], strict=True):
-            if span.owner == stream.stream_id:
-                stated.setdefault(span.item_id, end - 1)
-        for entry in stream.notes.coverage:
-            if entry.provenance == "hint" or entry.status != "missing":
-                stated.setdefault(entry.item_id, UNKNOWN)
-    return [stated.get(item.item_id, NEVER) for item in document.items]
 
 
 def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[Any, Any]:

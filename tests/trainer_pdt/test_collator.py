@@ -103,12 +103,31 @@ def test_source_rounds_tell_feasible_references():
         for token, number in enumerate(view["reference"][stream]):
             source = batch["source_round"][row][section][token].item()
             if number < 0:
-                assert source == NO_SOURCE
+                assert source in (NO_SOURCE, view["told_token"][stream][token] // 12)
             else:
                 assert source == view["source_token"][stream][number] // 12
     never = {**FEATURES[0], "clean": {**FEATURES[0]["clean"], "source_token": [[-1] * 9] * 3}}
     assert (collator()([never])["source_round"].unique() == torch.tensor([NO_SOURCE, SOURCE_NEVER])).all()
     assert not collator()([never])["judgeable"].any()
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_an_owner_repeats_what_a_sibling_told_in_an_earlier_round(size):
+    documents = [made for made in (make_features(40)) if any(t >= 0 for s in made["clean"]["told_token"] for t in s)]
+    batch = PDTDataCollator(tokenizer().pad_token_id, size, 16, 3)(documents)
+    earlier = later = 0
+    for row in range(3 * len(documents)):
+        told = documents[row // 3]["clean"]["told_token"][row % 3]
+        section = batch["write_round"][row] >= 0
+        sources, owned = batch["source_round"][row][section].tolist(), batch["own_mask"][row][section].tolist()
+        for token, place in enumerate(told):
+            if place >= 0 and place // size < token // size:
+                earlier += 1
+                assert owned[token] and sources[token] == place // size
+            elif owned[token]:
+                later += place >= 0
+                assert sources[token] == NO_SOURCE
+    assert earlier and later
 
 
 def test_coverage_targets_turn_on_in_the_round_that_states_the_item():

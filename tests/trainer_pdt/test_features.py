@@ -1,6 +1,7 @@
 """Features: token places of values, where facts come from, planted contradictions, notes as tokens."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -87,6 +88,61 @@ def test_source_token_ends_the_first_statement():
                 view["source_token"][stream.stream_id][number],
             )
             assert decode(view["section_ids"][source][: token + 1]).endswith(span.value)
+
+
+def test_an_owner_is_told_what_a_sibling_says_of_its_fact():
+    places = 0
+    for document in DOCUMENTS:
+        view = make_maker()(document)["clean"]
+        for stream in document.streams:
+            ids, told = view["section_ids"][stream.stream_id], view["told_token"][stream.stream_id]
+            owned = {span.item_id: span.value for span in stream.spans if span.kind == "own"}
+            said = {
+                (value, min(where))
+                for item, value in owned.items()
+                if (where := [place for other in document.streams for place in said_at(view, document, other, item)])
+            }
+            spelled = "".join(decode([token]) for token, place in zip(ids, told, strict=True) if place >= 0)
+            assert all(value in spelled for value, _ in said)
+            assert {place for place in told if place >= 0} == {place for _, place in said}
+            places += len(said)
+    assert places
+
+
+def said_at(view, document, stream, item):
+    """Last tokens of the stream's spans that repeat another stream's item with the value of its owner."""
+    reference = view["reference"][stream.stream_id]
+    siblings = [span for span in stream.spans if span.kind == "sibling"]
+    for number, span in enumerate(siblings):
+        owner = document.streams[span.owner]
+        first = next((own for own in owner.spans if own.kind == "own" and own.item_id == item), None)
+        if span.item_id == item and span.owner != stream.stream_id and first and first.value == span.value:
+            yield max(token for token, mark in enumerate(reference) if mark == number)
+
+
+def test_a_contradicting_sibling_tells_an_owner_nothing():
+    document = next(d for d in DOCUMENTS if any(s.kind == "sibling" for stream in d.streams for s in stream.spans))
+    planted, chosen = plant_contradictions(document, value_pool(), 1.0, random.Random(0))
+    view = make_maker().view(planted, document, chosen, 0.5)
+    assert chosen and not any(place >= 0 for told in view["told_token"] for place in told)
+
+
+def test_only_the_owners_first_statement_is_told():
+    document = next(d for d in DOCUMENTS if any(t >= 0 for s in make_maker()(d)["clean"]["told_token"] for t in s))
+    told = make_maker()(document)["clean"]["told_token"]
+    number = next(number for number, places in enumerate(told) if max(places) >= 0)
+    stream = document.streams[number]
+    again = [
+        replace(span, start=span.start + len(stream.text) + 1, end=span.end + len(stream.text) + 1)
+        for span in stream.spans
+        if span.kind == "own"
+    ]
+    twice = replace(stream, text=f"{stream.text} {stream.text}", spans=(*stream.spans, *again))
+    streams = [twice if index == number else other for index, other in enumerate(document.streams)]
+    view = make_maker()(replace(document, streams=tuple(streams)))["clean"]
+    assert [place for place in view["told_token"][number] if place >= 0] == [
+        place for place in told[number] if place >= 0
+    ]
 
 
 def test_item_tokens_and_slots():
