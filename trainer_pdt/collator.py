@@ -153,7 +153,7 @@ class PDTDataCollator:
         return row | _variants(view, stream, opening) if self.with_variants else row
 
     def _source_rounds(self, view: Mapping[str, Any], stream: int) -> list[int]:
-        """By token the round that completed its fact at a sibling; an owner repeats what one told in an earlier round."""
+        """By token the round that completed its fact at a sibling; owners repeat what one told in an earlier round."""
         size = self.block_size
         sources = [token // size if token >= 0 else SOURCE_NEVER for token in view["source_token"][stream]]
         rounds = [sources[number] if number >= 0 else NO_SOURCE for number in view["reference"][stream]]

@@ -11,6 +11,7 @@ from modeling_pdt import PDTForParallelDecoding, PDTOutput, Rollout
 from modeling_pdt.gate import agreement_probability
 
 from .branches import Targets, build_rollout, build_targets, reread, silence
+from .collator import SOURCE_NEVER
 from .losses import IGNORE_INDEX, redundancy, supervised_positions, supervised_values, token_ce, token_kl
 from .notes_gap import notes_gap, sequential_notes
 
@@ -184,10 +185,14 @@ class TeacherForcedMetrics:
         return results
 
     def _values(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Number of the repeated fact `[M]` that each supervised token belongs to, unique in the batch."""
+        """
+        Number of the repeated fact `[M]` that each supervised token belongs to, unique in the batch. What an owner
+        repeats is told apart by the round that it was told in.
+        """
         reference = inputs["reference"]
         rows = torch.arange(reference.shape[0], device=reference.device)[:, None]
-        return supervised_values(rows * (int(reference.max()) + 2) + reference, inputs["labels"])
+        fact_RT = rows * (int(reference.max()) + 2) + reference
+        return supervised_values(fact_RT * (SOURCE_NEVER + 1) + inputs["source_round"], inputs["labels"])
 
     def _add(self, name: str, values: Tensor) -> None:
         entry = torch.stack([values.double().sum(), torch.full_like(values.double().sum(), values.numel())])

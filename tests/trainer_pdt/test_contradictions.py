@@ -21,7 +21,7 @@ from trainer_pdt.contradictions import contrary_items, disputed_tokens, exchange
 from trainer_pdt.curriculum import Stage
 from trainer_pdt.data.worlds import WorldOptions, generate_documents
 from trainer_pdt.features import WorldFeatures
-from trainer_pdt.losses import IGNORE_INDEX
+from trainer_pdt.losses import IGNORE_INDEX, supervised_values
 from trainer_pdt.noise import draw_noise
 from trainer_pdt.objective import loss_parts
 from trainer_pdt.variants import FACT_FORMAT, FACT_WORDINGS, collect_items
@@ -150,8 +150,11 @@ def test_contradicted_facts_do_not_count_and_are_refused(model, batch):
     assert disputed.any() and torch.equal(disputed, judged & visible & (batch["source_round"] >= 0))
     plain, counted = (build_targets(batch, rollout, 5.0, disputed_RT=d) for d in (None, disputed))
     assert (plain.weights_M[plain.feasible_M] == 5.0).all()
-    assert (counted.weights_M[plain.feasible_M] == 0.0).all()
-    assert torch.equal(counted.weights_M[~plain.feasible_M], plain.weights_M[~plain.feasible_M])
+    # What a note contradicts is the owner's statement. An owner that repeats a sibling reads the truth.
+    owned_M = supervised_values(batch["own_mask"], batch["labels"])
+    disputed_M = plain.feasible_M & ~owned_M
+    assert (plain.feasible_M & owned_M).any() and (counted.weights_M[disputed_M] == 0.0).all()
+    assert torch.equal(counted.weights_M[~disputed_M], plain.weights_M[~disputed_M])
     labels = planted_labels(batch, disputed)
     assert torch.equal(labels.refused_RV, batch["judgeable"])
     assert torch.equal(labels.refused_RT, disputed)
