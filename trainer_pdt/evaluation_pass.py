@@ -65,7 +65,7 @@ class TeacherForcedMetrics:
         ablated_MV = reread(model, inputs, student.tap, silence(rollout))
         trunk_MV = model(tap=student.tap, logits_mask=positions).logits
         feasible, other = targets.feasible_M, ~targets.sibling_M
-        values = self._values(inputs)[feasible]
+        values = _facts(inputs)[feasible]
         for name, logits in (("", student.logits), ("_ablated", ablated_MV)):
             right = (logits.argmax(dim=-1) == targets.tokens_M)[feasible]
             self._add(f"sibling_ce{name}", token_ce(logits, targets.tokens_M)[feasible])
@@ -101,7 +101,7 @@ class TeacherForcedMetrics:
         taught_RT = told_RV.any(dim=1, keepdim=True).expand_as(round_RT)
         commit, taught = (supervised_values(mask, inputs["labels"]) for mask in (commit_RT, taught_RT))
         known = taught & (targets.feasible_M | ~targets.sibling_M)
-        values = self._values(inputs)[targets.feasible_M]
+        values = _facts(inputs)[targets.feasible_M]
         for mix in self.bus_mixes:
             mixed = replace(truth, teacher_RV=told_RV & (uniform_RV < mix))
             logits_MV = student.logits if mix == 0 else teacher_MV if mix == 1 else read(mixed)
@@ -184,19 +184,20 @@ class TeacherForcedMetrics:
         results["n_other"] = int(totals["other_ce"][1])
         return results
 
-    def _values(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """
-        Number of the repeated fact `[M]` that each supervised token belongs to, unique in the batch. What an owner
-        repeats is told apart by the round that it was told in.
-        """
-        reference = inputs["reference"]
-        rows = torch.arange(reference.shape[0], device=reference.device)[:, None]
-        fact_RT = rows * (int(reference.max()) + 2) + reference
-        return supervised_values(fact_RT * (SOURCE_NEVER + 1) + inputs["source_round"], inputs["labels"])
-
     def _add(self, name: str, values: Tensor) -> None:
         entry = torch.stack([values.double().sum(), torch.full_like(values.double().sum(), values.numel())])
         self.sums[name] = self.sums.get(name, torch.zeros_like(entry)) + entry
+
+
+def _facts(inputs: Mapping[str, Tensor]) -> Tensor:
+    """
+    Number of the repeated fact `[M]` that each supervised token belongs to, unique in the batch. What an owner
+    repeats is told apart by the round that it was told in.
+    """
+    reference = inputs["reference"]
+    rows = torch.arange(reference.shape[0], device=reference.device)[:, None]
+    fact_RT = rows * (int(reference.max()) + 2) + reference
+    return supervised_values(fact_RT * (SOURCE_NEVER + 1) + inputs["source_round"], inputs["labels"])
 
 
 def _all_by_group(right_M: Tensor, group_M: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.tiny_training import make_collator, make_features, make_model, make_trainer
-from trainer_pdt.collator import NO_SOURCE
+from trainer_pdt.collator import NO_SOURCE, SOURCE_NEVER
 from trainer_pdt.evaluation.bars import HEALTH
-from trainer_pdt.evaluation_pass import BUS_MIXES, TeacherForcedMetrics, _derived, mix_suffix
+from trainer_pdt.evaluation_pass import BUS_MIXES, TeacherForcedMetrics, _derived, _facts, mix_suffix
 from trainer_pdt.losses import IGNORE_INDEX
 
 PLAIN = {
@@ -169,6 +169,15 @@ def test_redundancy_is_that_of_siblings_of_one_round(model, batch):
             cosine = torch.cosine_similarity(mean[rows[0]], mean[rows[1]], dim=-1)
             values += torch.relu(cosine - 0.7)[exists[rows[0]] & exists[rows[1]]].tolist()
     assert result["redundancy"] == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+def test_facts_that_owners_repeat_are_told_apart():
+    ours = torch.tensor([[0, 0, -1, -1, -1], [0, 1, 1, -1, -1]])
+    told = torch.tensor([[2, 2, NO_SOURCE, 1, 3], [SOURCE_NEVER, 2, 2, 3, 3]])
+    ours, told = (torch.nn.functional.pad(values, (1, 0), value=-1) for values in (ours, told))
+    groups = _facts({"reference": ours, "source_round": told, "labels": torch.ones_like(ours)}).tolist()
+    same = {frozenset(place for place in range(10) if groups[place] == group) for group in groups}
+    assert same == {frozenset(places) for places in ([0, 1], [2], [3], [4], [5], [6, 7], [8, 9])}
 
 
 def test_batches_add_up(model):

@@ -16,7 +16,7 @@ from ..branches import Targets, build_rollout, build_targets, reread, silence
 from ..collator import PDTDataCollator
 from ..data.counting import bootstrap_rate
 from ..data.schema import Document
-from ..losses import supervised_positions, token_ce, token_kl
+from ..losses import supervised_positions, supervised_values, token_ce, token_kl
 from ..teacher import true_rollout
 from .documents import held_out_documents
 from .modes import batches
@@ -72,19 +72,32 @@ def read_documents(evaluation: "Evaluation", documents: Sequence[Document]) -> I
 
 
 def text(evaluation: "Evaluation") -> dict[str, Any]:
-    """Section `text_ce`: cross-entropy and divergence from the trunk on tokens that are no sibling facts."""
-    sums: list[list[float]] = []
+    """
+    Section `text_ce`: cross-entropy and divergence from the trunk on tokens that are no sibling facts; under `told`
+    the same where an owner states what a note of a sibling has told before.
+    """
+    kinds: dict[str, list[list[float]]] = {"other": [], "told": []}
     for read in read_documents(evaluation, evaluation.documents):
-        other = ~read.targets.sibling_M
-        pdt_MV, trunk_MV, tokens_M = read.output.logits[other], read.trunk_MV[other], read.targets.tokens_M[other]
-        values = (
-            *(token_ce(logits, tokens_M) for logits in (pdt_MV, trunk_MV)),
-            token_kl(pdt_MV, trunk_MV),
-            torch.ones(len(tokens_M)),
-        )
-        blank = torch.zeros(read.documents, dtype=torch.float64)
-        document_M = read.document_M[other]
-        sums += torch.stack([blank.index_add(0, document_M, v.double()) for v in values], dim=1).tolist()
+        owned_M = supervised_values(read.inputs["own_mask"], read.inputs["labels"])
+        kinds["other"] += _by_document(read, ~read.targets.sibling_M)
+        kinds["told"] += _by_document(read, read.targets.feasible_M & owned_M)
+    measures = {name: _against_trunk(sums) for name, sums in kinds.items() if any(count for *_, count in sums)}
+    return measures["other"] | ({"told": measures["told"]} if "told" in measures else {})
+
+
+def _by_document(read: GivenText, chosen_M: Tensor) -> list[list[float]]:
+    """Per document the sums of PDT's and the trunk's cross-entropy and of their divergence, and the tokens summed."""
+    pdt_MV, trunk_MV, tokens_M = read.output.logits[chosen_M], read.trunk_MV[chosen_M], read.targets.tokens_M[chosen_M]
+    values = (
+        *(token_ce(logits, tokens_M) for logits in (pdt_MV, trunk_MV)),
+        token_kl(pdt_MV, trunk_MV),
+        torch.ones(len(tokens_M)),
+    )
+    blank, document_M = torch.zeros(read.documents, dtype=torch.float64), read.document_M[chosen_M]
+    return torch.stack([blank.index_add(0, document_M, v.double()) for v in values], dim=1).tolist()
+
+
+def _against_trunk(sums: Sequence[Sequence[float]]) -> dict[str, Any]:
     pdt, trunk, divergence, count = (sum(column) for column in zip(*sums, strict=True))
     return {
         "pdt": pdt / count,

@@ -253,13 +253,18 @@ def text_table(evaluation: Mapping[str, Any]) -> Table:
             ("cross-entropy on other tokens, trunk (nats)", text.get("trunk")),
             ("KL from the trunk on other tokens (nats)", text.get("divergence", text.get("kl"))),
             ("excess cross-entropy on other tokens (nats)", text.get("excess")),
+            ("cross-entropy of what a sibling told its owner, PDT (nats)", part(text, "told").get("pdt")),
+            ("cross-entropy of what a sibling told its owner, trunk (nats)", part(text, "told").get("trunk")),
+            ("excess cross-entropy of what a sibling told its owner (nats)", part(text, "told").get("excess")),
             *_plan_rows(plan, "owned_stated", "owned items stated"),
             *_plan_rows(plan, "owned_stated_relative", "owned items stated, relative to the documents' own texts"),
             *_plan_rows(plan, "mentions_on_plan", "mentions that are on the plan"),
             *_plan_rows(plan, "valid_values", "mentions with a value of the cue's pool"),
         ]
     )
-    note = "Other tokens: all that are no sibling facts."
+    note = (
+        "Other tokens: all that are no sibling facts. An owner that states what a sibling has told before repeats it."
+    )
     return Table("Text and plan", ("measure", "value", "95 % interval", "n"), rows, note)
 
 

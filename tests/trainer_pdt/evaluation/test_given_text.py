@@ -70,6 +70,25 @@ def test_section_of_a_tiny_model(evaluation, tmp_path):
     assert plot_dependency({}, tmp_path / "b.png") is None
 
 
+def test_owners_that_a_sibling_told_are_apart(evaluation):
+    before = text(evaluation)
+    documents = held_out_documents("test", 60, 0)
+    made = [evaluation.features(document)["clean"] for document in documents]
+    size = evaluation.model.config.block_size
+    # A note is read from the next round on.
+    told = [
+        sum(t >= 0 and t // size < n // size for s in view["told_token"] for n, t in enumerate(s)) for view in made
+    ]
+    number = max(range(60), key=told.__getitem__)
+    assert told[number]
+    evaluation.documents = [documents[number]]
+    read = text(evaluation)
+    assert read["told"]["tokens"] == told[number] and read["told"]["pdt"] != read["told"]["trunk"]
+    assert read["told"]["excess"]["mean"] == pytest.approx(read["told"]["pdt"] - read["told"]["trunk"], abs=1e-5)
+    evaluation.documents = [documents[told.index(0)]]
+    assert text(evaluation).keys() == before.keys() - {"told"}
+
+
 def test_what_is_on_the_bus(evaluation):
     (read,) = read_documents(evaluation, held_out_documents("test", 3, 0, with_notes=True))
     silent, zeroed, other, true = (
