@@ -29,6 +29,9 @@ VALUE_DOCUMENTS = 500
 
 MAX_KNOWN_TEXTS = 50_000
 
+FEATURE_LAYOUT = 2
+"""Changes with what [`FeatureMaker`] makes: `datasets` keeps features on disk, by their maker."""
+
 
 def collect_values(documents: Iterable[Document]) -> dict[str, tuple[str, ...]]:
     """Values that documents state, by cue: the pool from which contradictions are planted."""
@@ -225,8 +228,11 @@ class FeatureMaker:
         return [self._known[text] for text in texts]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what it remembers, so that `datasets` sees the same maker before and after its use."""
-        return {**self.__dict__, "_known": {}}
+        """
+        Without what it remembers, so that `datasets` sees the same maker before and after its use, and with what its
+        features are, so that it does not take those of another release for them.
+        """
+        return {**self.__dict__, "_known": {}, "_layout": FEATURE_LAYOUT}
 
 
 def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[Any, Any]:

@@ -1,9 +1,11 @@
 """Features: token places of values, where facts come from, planted contradictions, notes as tokens."""
 
+import pickle
 import random
 from dataclasses import replace
 
 import pytest
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_training import make_features, make_maker, tokenizer, value_pool
@@ -143,6 +145,15 @@ def test_only_the_owners_first_statement_is_told():
     assert [place for place in view["told_token"][number] if place >= 0] == [
         place for place in told[number] if place >= 0
     ]
+
+
+def test_kept_features_are_of_this_release(monkeypatch):
+    maker = make_maker()
+    before = Hasher.hash(maker)
+    maker(DOCUMENTS[0])
+    assert Hasher.hash(maker) == before == Hasher.hash(pickle.loads(pickle.dumps(maker)))
+    monkeypatch.setattr("trainer_pdt.features.FEATURE_LAYOUT", 0)
+    assert Hasher.hash(maker) != before
 
 
 def test_item_tokens_and_slots():
