@@ -232,25 +232,25 @@ def _free_running_tables(report: dict[str, Any], found: Sequence[tuple[Run, dict
 
 
 def list_table(arguments: ProofArguments, pieces: Mapping[str, Sequence[Run]]) -> Table:
-    """The list of pieces: what is done, and how long it took."""
+    """The list of pieces: what is done, how long it took, and the commits of the code that made it."""
     rows = []
     for name, runs in pieces.items():
         results = [result for result in (run.result() for run in runs) if result is not None]
         minutes = sum(result["seconds"] for result in results) / 60
         entry = arguments.checked[name]
-        cells = [entry.kind, entry.says, f"{len(results)} of {len(runs)}", f"{minutes:.0f}" if results else ""]
-        rows.append([name, *cells])
-    return Table("Pieces", ("entry", "kind", "what it is", "done", "minutes"), rows)
+        states = [state for result in results for state in result.get("git", []) if state]
+        code = sorted({state["sha"][:7] + (" changed" if state["dirty"] else "") for state in states})
+        cells = [f"{len(results)} of {len(runs)}", f"{minutes:.0f}" if results else "", ", ".join(code)]
+        rows.append([name, entry.kind, entry.says, *cells])
+    return Table("Pieces", ("entry", "kind", "what it is", "done", "minutes", "code"), rows)
 
 
 def commands_of(pieces: Mapping[str, Sequence[Run]], root: Path, command: str) -> str:
-    """How it was made: the code, and the command of every finished piece, which reads its complete recipe."""
+    """How it was made: the command of every finished piece, which reads its complete recipe."""
     done = [run for runs in pieces.values() for run in runs if run.result() is not None]
-    states = [state for run in done for state in (run.result() or {}).get("git", []) if state]
-    code = sorted({state["sha"][:12] + (", changed" if state["dirty"] else "") for state in states})
     lines = [f"python {run.script} --config {place_of(run.folder / RECIPE_FILE, root)}" for run in done]
     about = f"Written by `python {command}`. `make proof` makes all pieces; each one is a command of its own."
-    return "\n".join(["## Commands", "", about, f"Code: {', '.join(code)}.", "", "```", *lines, "```", ""])
+    return "\n".join(["## Commands", "", about, "", "```", *lines, "```", ""])
 
 
 def _figure(pooled: Pooled, path: str) -> dict[str, Any] | None:

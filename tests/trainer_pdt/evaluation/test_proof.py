@@ -203,8 +203,8 @@ def test_the_report_is_of_what_is_there(root):
     assert "| coverage recall | >= 0.97 |  |  |  | not measured |" in text
     assert "Recipes and trunks" not in text and "Ablations" not in text
     assert (
-        "| full_seen | evaluate | measured | 1 of 2 | 2 |" in text
-        and "| trunk | trunk | a trunk | 0 of 1 |  |" in text
+        "| full_seen | evaluate | measured | 1 of 2 | 2 |  |" in text
+        and "| trunk | trunk | a trunk | 0 of 1 |  |  |" in text
     )
     assert {found.name for found in (root / "docs/worlds").iterdir()} == {
         *("proof.json", "recall.png", "factors.png", "learning.png"),
@@ -216,7 +216,8 @@ def test_the_report_is_of_what_is_there(root):
     for case, value in (("base", 0.5), ("without_x", 0.25)):
         for run in pieces["less"]:
             if run.case == case:
-                finish(run, seconds_per_step=0.5, measures={"sibling_value_accuracy": value})
+                git = [{"sha": letter * 40, "dirty": case == "base"} for letter in "ba"]
+                finish(run, seconds_per_step=0.5, measures={"sibling_value_accuracy": value}, git=git)
         for run in pieces["less_seen"]:
             if run.case == f"less_seen/{case}":
                 evaluated(run, 4 * value)
@@ -228,6 +229,8 @@ def test_the_report_is_of_what_is_there(root):
     assert "## Differences, free-running" in text and text.count("| without_x | base | **-0.250** |") == 2
     assert "| without_x | 0.250 (0.250, 0.250) |" in text and "references of a run: recall, core 40 to 40;" in text
     assert "Not complete" not in text
+    assert "| less | ablate | one less | 4 of 4 | 6 | aaaaaaa, aaaaaaa changed, bbbbbbb, bbbbbbb changed |" in text
+    assert "| full_seen | evaluate | measured | 2 of 2 | 3 |  |" in text
     assert "python recipes/evaluate.py --config build/proof/full_seen/seed_1/recipe.yaml" in text
     data = read_json(root / "docs/worlds/proof.json")
     assert data["pooled"]["sibling_fact_recall"]["pdt"]["n"] == 80
