@@ -51,6 +51,7 @@ COMPARED: tuple[tuple[str, str], ...] = (
     ("values never trained on", "sibling_fact_recall/pdt_heldout_values"),
     ("two hops", "two_hop/repeated/pdt"),
     ("owner follows", "reference_classes/pdt/late"),
+    ("all references agree", "reference_classes/pdt/any"),
     ("lag 2", "curves/bus_lag/2/pdt"),
     ("decoded with 2 streams", "curves/num_streams/2/pdt"),
     ("decoded with 4 streams", "curves/num_streams/4/pdt"),

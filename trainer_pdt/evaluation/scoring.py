@@ -39,8 +39,9 @@ def count_written(
 
 
 def reference_classes(counts: Sequence[DocumentCounts]) -> dict[str, dict[str, Any]]:
-    """Recall by timing class."""
-    return {timing: rate_dict(reference_rate(counts, timing)) for timing in TIMINGS}
+    """Share of consistent references by timing class, and under `any` of all whose owner states the fact."""
+    classes = {timing: rate_dict(reference_rate(counts, timing)) for timing in TIMINGS}
+    return {**classes, "any": rate_dict(reference_rate(counts, None))}
 
 
 def select_kind(documents: Sequence[Document], counts: Sequence[DocumentCounts], tag: str) -> list[DocumentCounts]:

@@ -40,8 +40,9 @@ TIMINGS: dict[str, str] = {
     "same": "same round",
     "late": "later round",
     "evicted": "no longer on the bus",
+    "any": "any round",
 }
-"""Classes of references: when the owner stated the fact."""
+"""Classes of references: when the owner stated the fact, and all of them."""
 
 FLAGS: dict[str, str] = {
     "none": "no rollback",

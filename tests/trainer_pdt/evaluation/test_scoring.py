@@ -63,13 +63,16 @@ def test_rate_dict_has_the_four_numbers():
 
 
 def test_reference_classes_name_every_timing_and_leave_empty_ones_without_a_number():
+    never = make_reference("never", False)
     classes = reference_classes(
-        [make_counts(make_reference("feasible", True)), make_counts(make_reference("same", False))]
+        [make_counts(make_reference("feasible", True)), make_counts(make_reference("same", False), never)]
     )
-    assert tuple(classes) == TIMINGS
+    assert tuple(classes) == (*TIMINGS, "any")
     assert classes["feasible"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1, "clusters": ((1, 1), (0, 0))}
     assert classes["same"]["mean"] == 0.0
     assert classes["late"] == {"mean": None, "low": None, "high": None, "n": 0, "clusters": ((0, 0), (0, 0))}
+    # What the owner never states agrees with nothing.
+    assert (classes["any"]["mean"], classes["any"]["clusters"]) == (0.5, ((1, 1), (0, 1)))
 
 
 def test_count_written_uses_lag_and_capacity():
