@@ -250,12 +250,14 @@ def markdown_of(evaluation: Mapping[str, Any], figures: Sequence[Path], folder: 
 
 def readme_results(evaluation: Mapping[str, Any]) -> str:
     """
-    Return what stands between the README's result markers: the run in a sentence, the bars, recall by mode.
+    Return what stands between the README's result markers: the run in a sentence, the bars, recall by mode and by the
+    time at which the owner stated the fact.
 
     Args:
         evaluation (`dict`): Content of `evaluation.json`.
     """
-    tables: list[Table] = [table for table in (bars_table(evaluation), recall_table(evaluation)) if table.rows]
+    shown = (bars_table, recall_table, timing_table)
+    tables: list[Table] = [table for table in (make(evaluation) for make in shown) if table.rows]
     if not tables:
         raise ValueError("evaluation: holds neither `bars` nor `sibling_fact_recall`, must hold at least one of them")
     blocks = [

@@ -347,6 +347,7 @@ def test_readme_results_are_replaced_and_nothing_else(tmp_path):
     text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{RESULTS_START}\nThis run: 200 held-out documents")
     assert text.endswith(f"{RESULTS_END}\nafter\n")
+    assert "| decoding | visible earlier round | same round | later round |" in text
     assert "old" not in text and text.count("| coverage recall | 0.940 | >= 0.95 | missed |") == 1
 
 
