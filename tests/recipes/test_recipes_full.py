@@ -76,9 +76,8 @@ def test_eight_gpus_take_the_steps_of_one():
 
 
 # The stages of dev are those of production without a loss.
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dev", "production")), "1x80gb"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dev", "production", "1x80gb"])
 def test_every_stage_trains_its_groups_and_no_others(name, tmp_path):
     model = make_model(block_size=6)
     arguments = parse(name)[4]
