@@ -72,7 +72,8 @@ def swapped_rates(
     References of streams that read a donor's notes: share that follows the donor's fact, and their own sibling's.
 
     A reference counts when the donor had stated the fact in a visible round, and another value than the reader's own
-    sibling: where both state the same, following one is following the other.
+    sibling: where both state the same, following one is following the other. Nor does it count when a stream that the
+    reader hears told the own sibling's value: owners read notes too, and what they took over reaches both documents.
     """
     follows, keeps = [], []
     for document, texts, donor in zip(documents, own, donors, strict=True):
@@ -84,7 +85,12 @@ def swapped_rates(
             counts = count_document(document, mixed, lag=lag, capacity=capacity)
             for entry in counts.select("feasible", lambda reference, stream=stream: reference.stream == stream):
                 sibling = own_entry[entry.stream, entry.start]
-                if sibling.source_value == entry.source_value:
+                heard = {
+                    other.value
+                    for other in counts.references
+                    if other.stream != stream and other.round <= entry.round - lag
+                }
+                if sibling.source_value in heard | {entry.source_value}:
                     continue
                 trials += 1
                 hits += entry.consistent

@@ -1,6 +1,7 @@
 """Numbers from written documents, against values counted by hand."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,18 @@ def test_swapped_rates_leave_out_facts_that_donor_and_sibling_share():
     own = [[blocks(says(METAL, "tin")), blocks(" ", says(METAL, "tin"))]]
     rates = swapped_rates([make_document()], own, own, lag=1, capacity=16)
     assert rates["swapped_follow"]["n"] == rates["swapped_own"]["n"] == 0
+
+
+@pytest.mark.parametrize(("before", "heard"), [(0, True), (1, False)])
+def test_swapped_rates_leave_out_what_another_stream_of_the_donor_told(before, heard):
+    """Our own sibling states iron, as the donor's third stream does: in a round before the reader's, or in its own."""
+    document = make_document()
+    document = replace(document, streams=(*document.streams, Stream(2, "Part 2", "", "")))
+    own = [blocks(says(METAL, "iron")), blocks(says(FRUIT, "figs"), says(METAL, "iron")), blocks(" ")]
+    third = blocks(*[" "] * before, says(METAL, "iron"), " ")
+    rates = swapped_rates([document], [own], [[blocks(says(METAL, "tin")), blocks(" "), third]], lag=1, capacity=16)
+    assert rates["swapped_follow"]["n"] == rates["swapped_own"]["n"] == int(not heard)
+    assert heard or rates["swapped_own"]["mean"] == 1.0
 
 
 def test_plan_adherence():
