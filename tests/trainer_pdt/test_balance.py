@@ -101,6 +101,7 @@ def test_only_the_refused_step_is_taken_back():
     assert balance.logs() == kept == {"kd_scale": pytest.approx(0.9), "kd_ce_gradient_ratio": 2.0}
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_the_balance_as_it_was(tmp_path):
     trainer = make_trainer(tmp_path, [BOTH], **BALANCED)
     scales, accepts = [], trainer.guard._reason

@@ -179,6 +179,7 @@ def test_whoever_is_killed_leaves_a_checkpoint_whole_or_gone(tmp_path, monkeypat
     assert check_complete(str(old)) == 3
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_continued_with_the_same_max_steps(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     settings = {"training": trainer.args.to_dict()}
@@ -210,6 +211,7 @@ def test_a_finished_run_is_not_continued_with_the_same_max_steps(tmp_path):
     assert find_checkpoint(trainer.args, settings) == last
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_best_of_the_smoothed_metric_and_stays(tmp_path):
     assert smoothed([1.0, 2.0, 0.0]) == pytest.approx(0.91)
     scores = iter([0.5, 0.9, 0.4, 0.4, 0.55, 0.3])

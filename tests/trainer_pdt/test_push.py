@@ -58,7 +58,9 @@ def test_only_a_user_s_save_pushes(tmp_path, hub):
     assert [upload["commit_message"] for upload in hub.uploads] == ["Model save"]
 
 
-@pytest.mark.parametrize("strategy", ["end", pytest.param("every_save", marks=pytest.mark.slow), "all_checkpoints"])
+@pytest.mark.parametrize(
+    "strategy", ["end", *(pytest.param(name, marks=pytest.mark.slow) for name in ("every_save", "all_checkpoints"))]
+)
 def test_checkpoints_are_pushed_when_they_are_complete(tmp_path, hub, strategy):
     trainer = make_trainer(
         tmp_path, push_to_hub=True, hub_strategy=strategy, save_strategy="steps", save_steps=1, max_steps=2

@@ -34,7 +34,8 @@ def count_lower(trainer, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("data", ["clean", pytest.param("corrupted", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["clean", "corrupted"])
 def test_same_losses_and_weights_without_the_lower_pass(tmp_path, monkeypatch, data):
     documents, stages = [make_features(3)[index] for index in range(3)], [{**HEAD_STAGE, "data": data}]
     plain = make_trainer(tmp_path / "plain", stages, train_dataset=Documents(documents), **EPOCHS)

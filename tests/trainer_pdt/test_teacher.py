@@ -71,6 +71,7 @@ def test_a_continued_run_has_the_same_average_losses_and_weights(tmp_path):
     assert len(losses[0]) == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_an_average_is_refused(tmp_path):
     make_trainer(tmp_path, [STAGE], save_strategy="steps", save_steps=2).train()
     checkpoint = tmp_path / "checkpoint-2"

@@ -94,6 +94,7 @@ def test_sections_come_in_a_reader_s_order(page):
     assert re.findall("<h2>(.*?)</h2>", text) == titles
 
 
+@pytest.mark.slow
 def test_health_has_a_row_for_every_measure_that_was_taken(tmp_path):
     run = write_run(tmp_path)
     measures = {f"eval_{name}": limit for name, _, limit, _ in HEALTH}

@@ -182,6 +182,7 @@ def test_shipped_trunk_copies_and_ends_its_sections():
     assert summary["on_plan"] > 0.8
 
 
+@pytest.mark.slow
 def test_shipped_tokenizer_is_the_recipe_s():
     telemetry = json.loads((SHIPPED / "telemetry.json").read_text())
     tokenizer = train_tokenizer(telemetry["recipe"]["vocab_size"], telemetry["recipe"]["seed"])

@@ -110,6 +110,7 @@ def check_run(server, teacher, sources):
     return results, rejected, outcomes
 
 
+@pytest.mark.slow
 def test_failures_of_every_kind_are_survived(tmp_path):
     sources = [toy_document(number) for number in range(60)]
     with chat_server(failures=0.3, hang=0.6) as server:
@@ -317,6 +318,7 @@ def test_the_next_requests_are_sent_while_answers_are_read(tmp_path, monkeypatch
     assert not [result for result in results if isinstance(result, str)]
 
 
+@pytest.mark.slow
 def test_no_call_is_repeated_after_a_kill(tmp_path):
     kill_and_go_on(tmp_path, documents=30, kills=1, latency=0.02)
 

@@ -184,6 +184,7 @@ def test_controls_with_a_bar_on_an_intervals_end_get_more_documents(evaluation, 
         assert len(evaluation.counts[mode]) == len(evaluation.written[mode].texts) == documents
 
 
+@pytest.mark.slow
 def test_every_section_of_an_untrained_model_is_plain_json(evaluation, short):
     """Recall is left without a number where nothing was repeated; bars are checked on what there is."""
     evaluation.documents = [d for d in evaluation.documents if d.domain == evaluation.documents[-1].domain][-3:]
