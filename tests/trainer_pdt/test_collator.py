@@ -113,7 +113,7 @@ def test_source_rounds_tell_feasible_references():
 
 @pytest.mark.parametrize("size", [4, 12])
 def test_an_owner_repeats_what_a_sibling_told_in_an_earlier_round(size):
-    documents = [made for made in (make_features(40)) if any(t >= 0 for s in made["clean"]["told_token"] for t in s)]
+    documents = [made for made in make_features(40) if any(t >= 0 for s in made["clean"]["told_token"] for t in s)]
     batch = PDTDataCollator(tokenizer().pad_token_id, size, 16, 3)(documents)
     earlier = later = 0
     for row in range(3 * len(documents)):
