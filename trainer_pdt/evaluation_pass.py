@@ -197,7 +197,7 @@ def _facts(inputs: Mapping[str, Tensor]) -> Tensor:
     reference = inputs["reference"]
     rows = torch.arange(reference.shape[0], device=reference.device)[:, None]
     fact_RT = rows * (int(reference.max()) + 2) + reference
-    return supervised_values(fact_RT * (SOURCE_NEVER + 1) + inputs["source_round"], inputs["labels"])
+    return supervised_values(fact_RT * (SOURCE_NEVER + 2) + inputs["source_round"], inputs["labels"])
 
 
 def _all_by_group(right_M: Tensor, group_M: Tensor) -> Tensor:

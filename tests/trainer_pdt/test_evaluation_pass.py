@@ -172,8 +172,8 @@ def test_redundancy_is_that_of_siblings_of_one_round(model, batch):
 
 
 def test_facts_that_owners_repeat_are_told_apart():
-    ours = torch.tensor([[0, 0, -1, -1, -1], [0, 1, 1, -1, -1]])
-    told = torch.tensor([[2, 2, NO_SOURCE, 1, 3], [SOURCE_NEVER, 2, 2, 3, 3]])
+    ours = torch.tensor([[0, 0, 1, -1, -1], [-1, 1, 1, -1, -1]])
+    told = torch.tensor([[2, 2, SOURCE_NEVER, 1, 3], [NO_SOURCE, 2, 2, 3, 3]])
     ours, told = (torch.nn.functional.pad(values, (1, 0), value=-1) for values in (ours, told))
     groups = _facts({"reference": ours, "source_round": told, "labels": torch.ones_like(ours)}).tolist()
     same = {frozenset(place for place in range(10) if groups[place] == group) for group in groups}

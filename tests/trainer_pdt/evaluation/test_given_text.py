@@ -12,6 +12,7 @@ from trainer_pdt.evaluation.answer_tables import dependency_table
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.documents import held_out_documents
 from trainer_pdt.evaluation.given_text import CONDITIONS, dependency, dependency_measures, read_documents, text
+from trainer_pdt.evaluation.tables import text_table
 from trainer_pdt.features import FeatureMaker, collect_values
 
 LOSSES = {"notes": [[1.0, 0.5, 0.5], [2.0]], "no_notes": [[3.0, 0.5, 1.5], [2.5]]}
@@ -85,6 +86,8 @@ def test_owners_that_a_sibling_told_are_apart(evaluation):
     read = text(evaluation)
     assert read["told"]["tokens"] == told[number] and read["told"]["pdt"] != read["told"]["trunk"]
     assert read["told"]["excess"]["mean"] == pytest.approx(read["told"]["pdt"] - read["told"]["trunk"], abs=1e-5)
+    rows = {row[0]: row[1] for row in text_table({"text_ce": read}).rows}
+    assert rows["cross-entropy of what a sibling told its owner, trunk (nats)"] == f"{read['told']['trunk']:.3f}"
     evaluation.documents = [documents[told.index(0)]]
     assert text(evaluation).keys() == before.keys() - {"told"}
 
