@@ -85,7 +85,7 @@ class PDTStack(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        device = device or next(self.base_layer.norm.parameters()).device
+        device = device or next(self.base_layer.parameters()).device
         for container in self.adapter_layer_names:
             module = getattr(self, container)[adapter_name]
             if not any(parameter.is_meta for parameter in module.parameters()) and device.type != "meta":

@@ -41,7 +41,7 @@ class RollbackLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self._keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[-1])
         self._values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[-1])
-        self.unusable_R = torch.zeros(key_states.shape[0], dtype=torch.long)
+        self.unusable_R = torch.zeros(key_states.shape[0], dtype=torch.long, device="cpu")
         self.is_initialized = True
 
     def _reserve(self, tokens: int) -> None:
@@ -113,7 +113,7 @@ class RollbackLayer(DynamicLayer):
                     f"rollback of {int(counts_R.max())} tokens is deeper than the cache margin {self.margin}."
                 )
             self.unusable_R[rows] = unusable
-        index = torch.arange(stored)[None, :] - counts_R[rows, None]
+        index = torch.arange(stored, device="cpu")[None, :] - counts_R[rows, None]
         index = index.clamp(min=0).to(self.device)[:, None, :, None]
         rows = rows.to(self.device)
         for buffer in (self._keys, self._values):
@@ -132,7 +132,7 @@ class RollbackLayer(DynamicLayer):
         if self.is_initialized:
             indices = indices.cpu()
             self.unusable_R = self.unusable_R[indices]
-            places = (indices != torch.arange(len(indices))).nonzero().squeeze(1)
+            places = (indices != torch.arange(len(indices), device="cpu")).nonzero().squeeze(1)
             sources, places = indices[places].to(self.device), places.to(self.device)
             self._keys[places], self._values[places] = self._keys[sources], self._values[sources]
             self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]

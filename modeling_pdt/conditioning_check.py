@@ -100,10 +100,12 @@ def measure_changes(model: Any) -> tuple[dict[str, float], float]:
     """
     stack, config = model.stack, model.config
     streams, device = config.num_streams, stack.snc[0].gate.logit.device
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     vocabulary = model.trunk.config.get_text_config(decoder=True).vocab_size
-    ids_ST = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=random).to(device).repeat(streams, 1)
-    notes_SKN = torch.randn(streams, config.notes_per_block, config.notes_dim, generator=random).to(device)
+    ids_T = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=random, device="cpu")
+    ids_ST = ids_T.to(device).repeat(streams, 1)
+    shape = (streams, config.notes_per_block, config.notes_dim)
+    notes_SKN = torch.randn(shape, generator=random, device="cpu").to(device)
     modules = [*stack.snc, *stack.pdt_stream_adapters[stack.active]]
     with evaluation_mode(model), recorded_calls(modules) as called:
         states = stack.base_layer(input_ids=ids_ST, use_cache=False).last_hidden_state

@@ -1,6 +1,6 @@
 """Configuration of the PEFT method ``PDT``: everything that shapes or initialises a parameter."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft import PeftConfig, PeftType
 
@@ -168,6 +168,10 @@ class PDTAdapterConfig(PeftConfig):
             for index in layers:
                 check_integer(type(self).__name__, "instrumented_layers", index, 0)
             self.instrumented_layers = sorted(layers)
+
+    def untrained(self) -> "PDTAdapterConfig":
+        """The same shapes and starts for new parameters, also when this configuration is that of a saved adapter."""
+        return replace(self, trained_parts=[], inference_mode=False)
 
     def resolve(self, hidden_size: int, num_layers: int, num_heads: int) -> None:
         """

@@ -39,6 +39,7 @@ class PDTConfig(PreTrainedConfig):
     """
 
     model_type = "pdt"
+    keys_to_ignore_at_inference = ["tap", "past_key_values", "last_hidden_state"]
 
     trunk_name_or_path: str | None = None
     trunk_revision: str | None = None

@@ -33,6 +33,24 @@ RESTRICTED = {
     "output_logits": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
+    "use_mtp": (None, False),
+    "penalty_alpha": (None,),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "assistant_early_exit": (None,),
+}
+# What an argument that is None means where the trunk's own generation configuration has a value: none of it.
+SWITCHED_OFF = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
 }
 
 
@@ -98,13 +116,13 @@ def merge_generation_config(
         if value is not None and not key.startswith("_"):
             setattr(config, key, value)
     for key, value in kwargs.items():
-        setattr(config, key, value)
+        setattr(config, key, SWITCHED_OFF.get(key) if value is None else value)
     config.check()
     for name, allowed in RESTRICTED.items():
         if getattr(config, name, None) not in allowed:
             raise ValueError(
                 f"{name} must be {' or '.join(map(repr, allowed))}: parallel decoding writes one answer per prompt "
-                f"with its own cache, got {getattr(config, name)!r}."
+                f"with its own cache and its own loop, got {getattr(config, name)!r}."
             )
     if config.max_length not in (None, 20):  # transformers' default
         raise ValueError(f"max_length counts the prompt: use max_new_tokens, got {config.max_length!r}.")

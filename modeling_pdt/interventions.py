@@ -180,9 +180,9 @@ class NormScramble(Intervention):
 
     def window(self, notes: torch.Tensor, mask: torch.Tensor, plan_places: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Shuffles and flips the channels of every note."""
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(notes.shape[-1], generator=generator).to(notes.device)
-        sign = torch.randint(0, 2, (notes.shape[-1],), generator=generator).to(notes) * 2 - 1
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        order = torch.randperm(notes.shape[-1], generator=generator, device="cpu").to(notes.device)
+        sign = torch.randint(0, 2, (notes.shape[-1],), generator=generator, device="cpu").to(notes) * 2 - 1
         scrambled = notes[..., order] * sign
         return torch.cat([notes[:, :plan_places], scrambled[:, plan_places:]], dim=1), mask
 
@@ -223,8 +223,8 @@ class Shuffle(Intervention):
         """Shuffles the visible notes; the plan stays."""
         seen = mask.clone()
         seen[:, :plan_places] = False
-        generator = torch.Generator().manual_seed(self.seed)
-        keys = torch.rand(notes.shape[1:], generator=generator).to(notes.device)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        keys = torch.rand(notes.shape[1:], generator=generator, device="cpu").to(notes.device)
         # The visible notes come first, in their own order: places that are empty draw nothing.
         places = (~seen).long().argsort(dim=1, stable=True)[..., None].expand_as(notes)
         hidden = torch.arange(notes.shape[1], device=notes.device) >= seen.sum(dim=1, keepdim=True)

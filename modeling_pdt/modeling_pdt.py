@@ -27,7 +27,8 @@ from .rollout import Rollout, run_lower_half, run_rollout, window_with_plan
 from .trunk_split import TapState
 
 # What the generation configuration takes over from the trunk's.
-TRUNK_CHOICES = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
+TRUNK_CHOICES = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample")
+SAMPLING_CHOICES = ("temperature", "top_k", "top_p")
 
 
 class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
@@ -48,6 +49,8 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _no_split_modules = None
+    # The loss is a mean over its batch and does not read `num_items_in_batch`: `Trainer` divides by accumulated steps.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: PDTConfig, peft: PeftModel | None = None) -> None:
         if peft is None:
@@ -58,9 +61,11 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
         super().__init__(config)
         self.peft = peft
         config.attach_adapter(peft.active_peft_config)
-        trunk_choices = self.trunk.generation_config.to_dict() if self.trunk.generation_config else {}
-        kept = {key: trunk_choices.get(key) for key in TRUNK_CHOICES}
-        self.generation_config = PDTGenerationConfig(**{k: value for k, value in kept.items() if value is not None})
+        choices = self.trunk.generation_config.to_dict() if self.trunk.generation_config else {}
+        # A configuration that says how to sample and not that it does cannot be saved; sampling takes the trunk's.
+        names = TRUNK_CHOICES + (SAMPLING_CHOICES if choices.get("do_sample") else ())
+        kept = {key: choices[key] for key in names if choices.get(key) is not None}
+        self.generation_config = PDTGenerationConfig(**kept)
 
     @classmethod
     def from_trunk(
@@ -76,7 +81,8 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
         Args:
             trunk (`nn.Module` or `str`): A causal LM, or the name or path of one. With a Hub id the commit that was
                 loaded becomes `trunk_revision`.
-            adapter_config (`PDTAdapterConfig`, *optional*): Shapes and starts; default for every field.
+            adapter_config (`PDTAdapterConfig`, *optional*): Shapes and starts, be it of a saved adapter; default for
+                every field.
             adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
             overrides: Fields of `PDTAdapterConfig`, `PDTConfig` or `PDTGenerationConfig`; each goes to its owner.
 
@@ -101,7 +107,7 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
             revision = resolve_revision(trunk)
             trunk = AutoModelForCausalLM.from_pretrained(trunk, revision=revision)
         check_bare(trunk)
-        values = {} if adapter_config is None else {**adapter_config.to_dict()}
+        values = {} if adapter_config is None else adapter_config.untrained().to_dict()
         values = {key: value for key, value in {**values, **owned["adapter"]}.items() if key != "peft_type"}
         adapter_config = PDTAdapterConfig(**values)
         PDTGenerationConfig(**owned["generation"])

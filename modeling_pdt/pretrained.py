@@ -1,5 +1,6 @@
 """Loading, saving and publishing of the model, and several named adapters on one trunk."""
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -77,8 +78,7 @@ class PDTPretrained:
                 check_inside(source, name)
         else:
             hub_kwargs["revision"] = pinned_revision(source, hub_kwargs)
-        if config is None:
-            config = PDTConfig.from_pretrained(source, **hub_kwargs)
+        config = PDTConfig.from_pretrained(source, **hub_kwargs) if config is None else copy.deepcopy(config)
         for key in [key for key in kwargs if key in PDTConfig.own_fields()]:
             setattr(config, key, kwargs.pop(key))
         config.check()
@@ -115,8 +115,15 @@ class PDTPretrained:
             include_trunk (`bool`, *optional*, defaults to `False`): Also write `trunk/` and refer to it.
             is_main_process (`bool`, *optional*, defaults to `True`): Only the main process writes.
             state_dict (`dict`, *optional*): State to save in place of the model's own (gathered by a sharded trainer).
-            push_to_hub (`bool`, *optional*, defaults to `False`): Upload to `kwargs["repo_id"]` afterwards.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Then upload what this call wrote, and nothing else
+                that lies in the folder.
+            kwargs: Only with `push_to_hub`: `repo_id`, by default the folder's name, and what [`push_to_hub`] takes.
+
+        Raises:
+            ValueError: For a folder that is a file, or an unknown argument; nothing is written then.
         """
+        if kwargs and not push_to_hub:
+            raise ValueError(f"save_pretrained() got {sorted(kwargs)}, allowed: only with push_to_hub=True.")
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -141,20 +148,28 @@ class PDTPretrained:
         subfolder = folder / config.adapter_subfolder
         save_adapter(self.peft, self.stack.active, subfolder, adapter_state, base_name, base_revision)
         if push_to_hub:
-            upload(folder, **kwargs)
+            repo_id = kwargs.pop("repo_id", folder.resolve().name)
+            self.push_to_hub(repo_id, include_trunk, state_dict=state_dict, **kwargs)
 
-    def push_to_hub(self, repo_id: str, include_trunk: bool = False, **kwargs: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        include_trunk: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> str:
         """
         Saves to a temporary folder and uploads it; returns the commit's address.
 
         Args:
             repo_id (`str`): Made if missing.
             include_trunk (`bool`, *optional*, defaults to `False`): Also upload the trunk.
+            state_dict (`dict`, *optional*): See [`save_pretrained`].
             kwargs: `private`, `token`, `revision` (a branch, made if missing), `commit_message`, `create_pr`, and what
                 else `HfApi.upload_folder` takes.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, include_trunk=include_trunk)
+            self.save_pretrained(folder, include_trunk=include_trunk, state_dict=state_dict)
             return upload(Path(folder), repo_id=repo_id, **kwargs)
 
     # --- named adapters ---
@@ -167,7 +182,7 @@ class PDTPretrained:
                 "beside PDT is not possible. Merge it into the trunk first (merge_and_unload)."
             )
         self._check_new(adapter_name)
-        self.peft.add_adapter(adapter_name, adapter_config)
+        self.peft.add_adapter(adapter_name, adapter_config.untrained())
 
     def load_adapter(
         self,

@@ -19,7 +19,7 @@ class SensitivityMeter:
 
     def __init__(self, probe: SensitivityProbe | None, seed: int) -> None:
         self.probe, self.exchanges = probe, 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def due(self) -> bool:
         """Whether the exchange that happens now is to be measured; counts it."""
@@ -28,7 +28,7 @@ class SensitivityMeter:
 
     def disturb(self, notes_AWN: torch.Tensor, mask_AW: torch.Tensor) -> torch.Tensor:
         """The notes with noise on the visible ones, whose norm per row is `epsilon` times that of these notes."""
-        noise = torch.randn(notes_AWN.shape, generator=self.generator).to(notes_AWN) * mask_AW[..., None]
+        noise = torch.randn(notes_AWN.shape, generator=self.generator, device="cpu").to(notes_AWN) * mask_AW[..., None]
         seen = (notes_AWN * mask_AW[..., None]).flatten(1).norm(dim=1)
         size = noise.flatten(1).norm(dim=1).clamp(min=torch.finfo(noise.dtype).tiny)
         return notes_AWN + noise * (self.probe.epsilon * seen / size)[:, None, None]

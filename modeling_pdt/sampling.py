@@ -19,7 +19,9 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 # Settings whose processors count from the length of the prompt that they were made for.
-LENGTH_FIELDS = ("min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty")
+LENGTH_FIELDS = ("min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty", "begin_suppress_tokens")
+# Settings whose processors keep the tokens of that prompt.
+PROMPT_FIELDS = ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty")
 # Processors that look at the scores only: one call serves rows of any length.
 HISTORY_FREE = (
     EpsilonLogitsWarper,
@@ -107,6 +109,11 @@ def capture_processors(
     values = {key: value for key, value in config.to_dict().items() if key in known and value is not None}
     plain = GenerationConfig(**{**values, "max_new_tokens": max_new_tokens, "stop_strings": None})
     criteria = StoppingCriteriaList(criteria or [])
+    of_trunk = getattr(model.trunk.generation_config, "stop_strings", None)
+    if of_trunk is not None:
+        raise ValueError(
+            f"the trunk's generation_config.stop_strings={of_trunk!r}, allowed: None; give stop_strings= to this call."
+        )
     if config.stop_strings is not None:
         if tokenizer is None:
             raise ValueError(f"stop_strings={config.stop_strings!r} is text: pass tokenizer=.")
@@ -126,8 +133,10 @@ def capture_processors(
         logits_processor=LogitsProcessorList(processors or []),
         stopping_criteria=criteria,
     )
-    own = [c for c in caught["stopping_criteria"] if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
-    return caught["logits_processor"], StoppingCriteriaList(own)
+    given = {id(criterion) for criterion in criteria}
+    of_the_loop = (MaxLengthCriteria, EosTokenCriteria)
+    kept = [c for c in caught["stopping_criteria"] if id(c) in given or not isinstance(c, of_the_loop)]
+    return caught["logits_processor"], StoppingCriteriaList(kept)
 
 
 def row_processors(
@@ -140,25 +149,34 @@ def row_processors(
     tokenizer: Any = None,
 ) -> tuple[list[LogitsProcessorList], StoppingCriteriaList]:
     """
-    The processors of every row, one object for all rows unless they count from the start of a row's section.
+    The processors of every row: one object for all rows, one per length of what stands before a section where they
+    count from its start, one per row where they keep the prompt's tokens.
 
     Args:
         starts (`list[list[int]]`): Prompt and header of every row; see [`capture_processors`] for the others.
     """
-    shared = all(getattr(config, name) is None for name in LENGTH_FIELDS)
+    owners = (config, model.trunk.generation_config)
+
+    def is_set(fields: tuple[str, ...]) -> bool:
+        return any(getattr(owner, name, None) is not None for owner in owners for name in fields)
+
+    keys = [0] * len(starts)
+    if is_set(PROMPT_FIELDS):
+        keys = list(range(len(starts)))
+    elif is_set(LENGTH_FIELDS):
+        keys = [len(start) for start in starts]
     made: dict[int, tuple] = {}
-    for start in starts:
-        length = 0 if shared else len(start)
-        if length not in made:
-            made[length] = capture_processors(model, config, start, max_new_tokens, processors, criteria, tokenizer)
-    first = made[0 if shared else len(starts[0])]
-    return [made[0 if shared else len(start)][0] for start in starts], first[1]
+    for key, start in zip(keys, starts, strict=True):
+        if key not in made:
+            made[key] = capture_processors(model, config, start, max_new_tokens, processors, criteria, tokenizer)
+    return [made[key][0] for key in keys], made[keys[0]][1]
 
 
 def history_free(processors_R: list[LogitsProcessorList]) -> bool:
     """Whether all rows share processors that look at the scores only."""
     shared = all(processors is processors_R[0] for processors in processors_R)
-    return shared and all(isinstance(processor, HISTORY_FREE) for processor in processors_R[0])
+    # The classes themselves: one derived from them may look at the history.
+    return shared and all(type(processor) in HISTORY_FREE for processor in processors_R[0])
 
 
 def process_logits(

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -69,12 +69,18 @@ class Prefix:
     rest: TapState
 
 
+@cache
+def knows_windows(family: type) -> bool:
+    """Whether configurations of this class have a sliding window; a file may hold one that its attention ignores."""
+    return "sliding_window" in inspect.signature(family).parameters
+
+
 def layer_types(config: Any) -> list[str]:
     """Attention type of every decoder layer."""
     types = getattr(config, "layer_types", None)
     if types is None:
-        types = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
-        types = types * config.num_hidden_layers
+        window = knows_windows(type(config)) and config.sliding_window
+        types = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
     return list(types)
 
 

@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save, save_file
 
-from modeling_pdt import PDTForParallelDecoding
+from modeling_pdt import PDTForParallelDecoding, pretrained
 from modeling_pdt.adapter_files import check_inside
+from modeling_pdt.hub_layout import upload
 from tests.hub.conftest import OWNER_TOKEN
 from tests.modeling_pdt.conftest import llama_trunk
 
@@ -261,11 +262,40 @@ def test_a_hub_model_may_not_name_a_folder_of_this_machine(hub, visit, published
 
 
 def test_links_are_not_uploaded(saved, tmp_path):
-    model = PDTForParallelDecoding.from_pretrained(saved)
     (tmp_path / "secret").write_text("secret")
     (saved / "notes.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"holds links.*notes\.txt"):
-        model.save_pretrained(saved, include_trunk=True, push_to_hub=True, repo_id="owner/never")
+        upload(saved, "owner/never")
+
+
+def test_saving_with_an_upload_uploads_what_it_wrote(saved, monkeypatch):
+    # Everything in the folder went to the Hub: environments, private notes, optimizer states.
+    uploaded = {}
+
+    def take(folder, repo_id, **arguments):
+        state = load_file(folder / WEIGHTS)
+        uploaded[repo_id] = (sorted(path.name for path in folder.iterdir()), state, arguments)
+
+    monkeypatch.setattr(pretrained, "upload", take)
+    model = PDTForParallelDecoding.from_pretrained(saved)
+    (saved / ".env").write_text("TOKEN=secret")
+    (saved / "checkpoint-5").mkdir()
+    gathered = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items() if "pdt_" in name}
+    model.save_pretrained(saved, include_trunk=True, state_dict=gathered, push_to_hub=True, private=True)
+    (names, state, arguments) = uploaded.pop("saved")
+    assert {"adapter", "config.json", "generation_config.json", "trunk"} < set(names)
+    assert not {".env", "checkpoint-5"} & set(names) and arguments == {"private": True}
+    assert all(tensor.eq(1).all() for tensor in state.values()) and not uploaded
+    model.save_pretrained(saved, push_to_hub=True, repo_id="owner/named")
+    assert list(uploaded) == ["owner/named"]
+
+
+def test_a_misspelt_choice_of_saving_writes_nothing(saved, tmp_path):
+    # It was ignored: the trunk was missing in what was saved.
+    model = PDTForParallelDecoding.from_pretrained(saved)
+    with pytest.raises(ValueError, match=r"\['include_trunks'\], allowed: only with push_to_hub=True"):
+        model.save_pretrained(tmp_path / "new", include_trunks=True)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

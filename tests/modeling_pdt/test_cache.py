@@ -190,3 +190,15 @@ def test_rows_are_repeated_selected_and_forgotten():
     assert cache.get_seq_length() == 0
     keys, _ = cache.update(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
     assert keys.shape == (1, 1, 1, 1)
+
+
+def test_the_default_device_is_not_the_caches(make_trunk):
+    # What counts on the CPU was made on the default device; "meta" stands here for a GPU.
+    cache = RollbackCache(make_trunk("llama").config, 8)
+    states = torch.randn(2, 1, 4, 8)
+    counts, indices = torch.tensor([0, 2]), torch.tensor([1])
+    with torch.device("meta"):
+        cache.update(states, states, 0)
+        cache.rollback(counts)
+        cache.batch_select_indices(indices)
+    assert torch.equal(cache.layers[0].keys[0, 0, 2:], states[1, 0, :2])

@@ -72,6 +72,11 @@ BAD = [
     ({"num_return_sequences": 2}, "num_return_sequences must be None or 1: .*, got 2"),
     ({"output_scores": True}, "output_scores must be None or False: .*, got True"),
     ({"use_cache": False}, "use_cache must be None or True: .*, got False"),
+    # Without a word these had no effect.
+    ({"penalty_alpha": 0.6}, "penalty_alpha must be None: .*, got 0.6"),
+    ({"use_mtp": True}, "use_mtp must be None or False: .*, got True"),
+    ({"dola_layers": "low"}, "dola_layers must be None: .*, got 'low'"),
+    ({"force_words_ids": [[5]]}, r"force_words_ids must be None: .*, got \[\[5\]\]"),
     ({"guidance_scale": 1.5}, "guidance_scale must be None or 1: .*, got 1.5"),
     ({"stream_count": 3}, r"generate\(\) got unknown arguments \['stream_count'\]"),
     ({"stop_strings": ["end"]}, r"stop_strings=\['end'\] is text: pass tokenizer="),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from modeling_pdt import PDTConfig, PDTForParallelDecoding
 
@@ -348,3 +348,20 @@ def test_the_saved_class_is_ours_whatever_a_wrapper_calls_it(model, tmp_path):
     model.__class__ = type("FSDPPDTForParallelDecoding", (type(model),), {})
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["PDTForParallelDecoding"]
+
+
+def test_a_given_configuration_is_not_written_to(saved):
+    # Two models shared one object: overriding a field of the second changed the first.
+    _, folder = saved
+    config = PDTConfig.from_pretrained(folder)
+    first = PDTForParallelDecoding.from_pretrained(folder, config=config)
+    PDTForParallelDecoding.from_pretrained(folder, config=config, block_size=2)
+    assert first.config.block_size == config.block_size != 2
+
+
+def test_a_trunk_that_says_how_to_sample_and_not_that_it_does(make_trunk, tmp_path):
+    # Saving failed half-way.
+    trunk = make_trunk("llama")
+    trunk.generation_config = GenerationConfig(eos_token_id=1, temperature=0.6, top_p=0.9)
+    PDTForParallelDecoding.from_trunk(trunk, notes_dim=16).save_pretrained(tmp_path)
+    assert PDTForParallelDecoding.from_pretrained(tmp_path, trunk=make_trunk("llama")).generation_config.top_p is None

@@ -234,6 +234,20 @@ def test_names_in_use_are_refused(two, folders):
         two.load_adapter(folders[1]["first"], "third", dtype=torch.float16)
 
 
+def test_the_configuration_of_a_saved_adapter_makes_new_ones(folders, fresh_trunk):
+    # They were frozen and counted as trained, and did not start as new ones do.
+    config = PDTAdapterConfig.from_pretrained(f"{next(iter(folders[1].values()))}/adapter")
+    config.trained_parts = ["snc", "agreement"]
+    torch.manual_seed(0)
+    model = PDTForParallelDecoding.from_trunk(fresh_trunk(), config)
+    model.add_adapter(config, "second")
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert model.config.trained_parts == []
+        assert all(parameter.requires_grad for parameter in model.pdt_parameters().values())
+    assert config.inference_mode and config.trained_parts == ["snc", "agreement"]
+
+
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_a_second_adapter_trains_only_when_asked(two, folders, is_trainable):
     two.load_adapter(folders[1]["second"], "third", is_trainable=is_trainable)

@@ -19,10 +19,14 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    PreTrainedConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
 
+from modeling_pdt import PDTForParallelDecoding
 from modeling_pdt.trunk_split import TapState, check_trunk, layer_types, run_lower, run_upper
 
 SMALL = {
@@ -176,3 +180,25 @@ def test_refused_trunks_say_why(name):
     with pytest.raises(ValueError, match=f"{type(trunk).__name__} cannot be wrapped") as error:
         check_trunk(trunk)
     assert reason in str(error.value)
+
+
+def test_a_window_that_the_family_does_not_know_is_none():
+    # Taken for a sliding window, it cut what the upper layers see.
+    class Older(PreTrainedConfig):
+        def __init__(self, sliding_window=4, **values):
+            self.sliding_window, self.num_hidden_layers = sliding_window, 2
+            super().__init__(**values)
+
+    assert layer_types(LlamaConfig(num_hidden_layers=2, sliding_window=8)) == ["full_attention"] * 2
+    assert layer_types(MistralConfig(num_hidden_layers=2, sliding_window=8)) == ["sliding_attention"] * 2
+    assert layer_types(Older()) == ["sliding_attention"] * 2
+
+
+def test_a_trunk_whose_norms_have_no_weights():
+    # `StopIteration` without a word.
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    trunk = OlmoForCausalLM(OlmoConfig(**sizes, num_hidden_layers=3)).eval()
+    ids = torch.randint(2, 97, (1, 9))
+    with torch.no_grad():
+        expected = trunk(ids).logits
+        assert torch.allclose(PDTForParallelDecoding.from_trunk(trunk)(ids).logits, expected, atol=1e-5)
