@@ -7,7 +7,7 @@ from ..data.worlds import WorldOptions, generate_document
 
 
 def held_out_documents(split: str, core: int, hard: int, with_notes: bool = False, **options: Any) -> list[Document]:
-    """The first documents of a split: core ones, then hard ones."""
+    """The first `core` documents of a split, then hard ones, numbered on from there."""
     plain, many = WorldOptions(**options), WorldOptions(**{**options, "hard": True})
     kinds = [plain] * core + [many] * hard
     return [generate_document(split, index, kind, with_notes=with_notes) for index, kind in enumerate(kinds)]

@@ -17,7 +17,7 @@ from ..data.schema import Document
 from ..data.worlds import chance_by_cue, is_heldout
 from ..data.worlds_parser import parse_section
 
-TIMINGS = ("feasible", "pending", "same", "late", "evicted")
+TIMINGS = ("feasible", "pending", "same", "late", "evicted", "never")
 KNOWN_TIMINGS = ("feasible", "pending", "same")
 """Timings of references that the commit gate can know to be wrong: the fact was stated by the end of the round."""
 

@@ -40,9 +40,10 @@ TIMINGS: dict[str, str] = {
     "same": "same round",
     "late": "later round",
     "evicted": "no longer on the bus",
-    "any": "any round",
+    "any": "all that the owner states",
+    "never": "the owner leaves it out",
 }
-"""Classes of references: when the owner stated the fact, and all of them."""
+"""Classes of references: when the owner stated the fact, all of these, and those to what it never states."""
 
 FLAGS: dict[str, str] = {
     "none": "no rollback",
@@ -98,7 +99,10 @@ def bars_table(evaluation: Mapping[str, Any]) -> Table:
             count = f", n = {read.n}" if read and read.n is not None else ""
             rows.append([str(bar["name"]), value + count, scalar(bar.get("bar")), "met" if bar["met"] else "missed"])
             met.append(bool(bar["met"]))
-    note = "One run. A bar with an upper limit is compared with the upper end of the interval."
+    note = (
+        "One run. A bar at chance, or on swapped notes, is compared with the upper end of the interval, the others "
+        "with the estimate."
+    )
     return Table("Bars", ("bar", "measured", "wanted", "result"), rows, note, met)
 
 
@@ -257,6 +261,7 @@ def text_table(evaluation: Mapping[str, Any]) -> Table:
             ("cross-entropy of what a sibling told its owner, PDT (nats)", part(text, "told").get("pdt")),
             ("cross-entropy of what a sibling told its owner, trunk (nats)", part(text, "told").get("trunk")),
             ("excess cross-entropy of what a sibling told its owner (nats)", part(text, "told").get("excess")),
+            ("KL from the trunk where a sibling told the owner (nats)", part(text, "told").get("divergence")),
             *_plan_rows(plan, "owned_stated", "owned items stated"),
             *_plan_rows(plan, "owned_stated_relative", "owned items stated, relative to the documents' own texts"),
             *_plan_rows(plan, "mentions_on_plan", "mentions that are on the plan"),
@@ -264,7 +269,8 @@ def text_table(evaluation: Mapping[str, Any]) -> Table:
         ]
     )
     note = (
-        "Other tokens: all that are no sibling facts. An owner that states what a sibling has told before repeats it."
+        "Other tokens: all that are no sibling facts. An owner that states what a sibling has told before repeats it; "
+        "until 2026-11-23 such tokens were other tokens."
     )
     return Table("Text and plan", ("measure", "value", "95 % interval", "n"), rows, note)
 
