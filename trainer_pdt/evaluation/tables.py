@@ -269,8 +269,7 @@ def text_table(evaluation: Mapping[str, Any]) -> Table:
         ]
     )
     note = (
-        "Other tokens: all that are no sibling facts. An owner that states what a sibling has told before repeats it; "
-        "until 2026-11-23 such tokens were other tokens."
+        "Other tokens: all that are no sibling facts. An owner that states what a sibling has told before repeats it."
     )
     return Table("Text and plan", ("measure", "value", "95 % interval", "n"), rows, note)
 
