@@ -235,6 +235,14 @@ class LastingCheckpointsCallback(TrainerCallback):
     def __init__(self, retention: Retention) -> None:
         self.retention = retention
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finds the best checkpoint of a run whose folder has moved."""
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_model_checkpoint is None and best.is_dir():
+            state.best_model_checkpoint = str(best)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:

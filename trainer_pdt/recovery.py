@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
+
+from modeling_pdt.adapter_files import read_adapter_config
 
 from .callbacks import settle_gradients
 from .checkpoints import LastingCheckpointsCallback, Retention, smoothed
-from .curriculum import Curriculum
+from .curriculum import PARAMETER_GROUPS, Curriculum
 from .guard import LossGuard, NamedBatches
 from .sampler import StreamCountTrainer
 from .sharding import average_gradients, is_trunk_sharded
@@ -64,6 +68,15 @@ class RecoverableTrainer(StreamCountTrainer):
         self.guard = LossGuard() if guard is None else guard
         self.add_callback(LastingCheckpointsCallback(self.retention))
         self.add_callback(self.guard)
+        self._loaded_step: int | None = None
+
+    def trained_groups(self) -> list[str]:
+        """Parameter groups that have learnt in at least one step of those that made the weights."""
+        # After `load_best_model_at_end` the weights are older than the run.
+        steps = self.state.global_step if self._loaded_step is None else self._loaded_step
+        stages = zip(self.curriculum.starts, self.curriculum.stages, strict=True)
+        seen = {group for start, stage in stages if start < steps for group in stage.train}
+        return [group for group in PARAMETER_GROUPS if group in seen]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -99,6 +112,22 @@ class RecoverableTrainer(StreamCountTrainer):
         is_best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= is_best and self.args.save_strategy != "no"
         return is_best
+
+    def _name_best(self, place: Path, written: Path) -> None:
+        """Says of a checkpoint that is the best so far where it will be; `Trainer` has noted where it is written."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def _load_trained_parts(self, folder: str) -> None:
+        """Takes over what the checkpoint's weights have learnt."""
+        saved = read_adapter_config(folder, self.model.config.adapter_subfolder, {})
+        self.model.peft.active_peft_config.trained_parts = saved.trained_parts
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
+        self._loaded_step = None
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # `Trainer` looks at `max_steps` after a step only, so it would add one to a run that has no step left.

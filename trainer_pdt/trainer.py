@@ -280,12 +280,6 @@ class PDTTrainer(RecoverableTrainer):
         adapter_config.trained_parts = [group for group in PARAMETER_GROUPS if group in trained]
         super()._save(output_dir, state_dict)
 
-    def trained_groups(self) -> list[str]:
-        """Parameter groups that have learnt in at least one finished step."""
-        stages = zip(self.curriculum.starts, self.curriculum.stages, strict=True)
-        seen = {group for start, stage in stages if start < self.state.global_step for group in stage.train}
-        return [group for group in PARAMETER_GROUPS if group in seen]
-
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else self._staging
 
@@ -297,13 +291,12 @@ class PDTTrainer(RecoverableTrainer):
         if self.args.should_save:
             clear_unfinished(run_dir)
         self.accelerator.wait_for_everyone()
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
         self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+        self._name_best(run_dir / name, staging / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_json(staging / name / COMPLETE_FILE, completion_record(staging / name, self.state.global_step))
@@ -373,6 +366,7 @@ class PDTTrainer(RecoverableTrainer):
     def _load_best_model(self) -> None:
         load = self._load_deepspeed if self.is_deepspeed_enabled else self._load_adapter
         load(self.state.best_model_checkpoint)
+        self._loaded_step = self.state.best_global_step
 
     def _load_deepspeed(self, folder: str) -> None:
         """Loads what learns, strictly, through DeepSpeed's own files, which hold nothing else."""
@@ -384,10 +378,12 @@ class PDTTrainer(RecoverableTrainer):
         if differing:
             raise ValueError(f"{file} and the model do not both have {sorted(differing)[0]}, allowed: equal adapters.")
         deepspeed_load_checkpoint(self.model_wrapped, folder, load_module_strict=False)
+        self._load_trained_parts(folder)
 
     def _load_adapter(self, folder: str) -> None:
         config = self.model.config
         load_adapter_weights(self.model.peft, self.model.stack.active, folder, config.adapter_subfolder, {})
+        self._load_trained_parts(folder)
 
 
 def _drop_trunk(model: PDTForParallelDecoding, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

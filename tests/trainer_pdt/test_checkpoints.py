@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.tiny_training import BUS_STAGE, HEAD_STAGE, make_arguments, make_model, make_trainer, weights
+from tests.tiny_training import BUS_STAGE, HEAD_STAGE, make_arguments, make_features, make_model, make_trainer, weights
 from trainer_pdt import checkpoints
 from trainer_pdt.checkpoints import (
     COMPLETE_FILE,
@@ -23,7 +24,7 @@ from trainer_pdt.checkpoints import (
 )
 from trainer_pdt.curriculum import Curriculum
 from trainer_pdt.resume import find_checkpoint, record_run
-from trainer_pdt.telemetry import write_json
+from trainer_pdt.telemetry import read_json, write_json
 
 TWO_STAGES = [{**BUS_STAGE, "until": 0.4}, HEAD_STAGE]
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -211,13 +212,9 @@ def test_a_finished_run_is_not_continued_with_the_same_max_steps(tmp_path):
     assert find_checkpoint(trainer.args, settings) == last
 
 
-@pytest.mark.slow
-def test_the_best_checkpoint_is_the_best_of_the_smoothed_metric_and_stays(tmp_path):
-    assert smoothed([1.0, 2.0, 0.0]) == pytest.approx(0.91)
-    scores = iter([0.5, 0.9, 0.4, 0.4, 0.55, 0.3])
-    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "score"}
-    saving = {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2, "greater_is_better": True}
-    trainer = make_trainer(tmp_path, max_steps=6, **evaluation, **saving)
+def score(trainer, scores):
+    """Gives a trainer's evaluations these values of `eval_score`."""
+    scores = iter(scores)
 
     def evaluate(*args, **kwargs):
         metrics = {"eval_score": next(scores)}
@@ -226,6 +223,15 @@ def test_the_best_checkpoint_is_the_best_of_the_smoothed_metric_and_stays(tmp_pa
         return metrics
 
     trainer.evaluate = evaluate
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_the_best_of_the_smoothed_metric_and_stays(tmp_path):
+    assert smoothed([1.0, 2.0, 0.0]) == pytest.approx(0.91)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "score"}
+    saving = {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2, "greater_is_better": True}
+    trainer = make_trainer(tmp_path, max_steps=6, **evaluation, **saving)
+    score(trainer, [0.5, 0.9, 0.4, 0.4, 0.55, 0.3])
     trainer.train()
     assert trainer.state.best_global_step == 2
     assert trainer.state.best_metric == pytest.approx(0.62)
@@ -233,3 +239,50 @@ def test_the_best_checkpoint_is_the_best_of_the_smoothed_metric_and_stays(tmp_pa
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="save_total_limit=1, allowed with metric_for_best_model: None or at least 2"):
         make_trainer(tmp_path, **{**evaluation, **saving, "save_total_limit": 1})
+
+
+def make_scored(folder, scores):
+    """Two steps, one of the bus and one of the heads, that end with the best of both."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "score"}
+    saving = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    stages = [{**BUS_STAGE, "until": 1}, HEAD_STAGE]
+    trainer = make_trainer(folder, stages, max_steps=2, train_dataset=make_features(4), **evaluation, **saving)
+    score(trainer, scores)
+    return trainer
+
+
+def check_best(trainer, best):
+    """The trainer's model is what the checkpoint holds, and is said to have learnt no more than that has."""
+    assert trainer.state.best_model_checkpoint == str(best)
+    saved = load_file(best / "adapter" / "adapter_model.safetensors")
+    trainer.save_model()
+    written = load_file(Path(trainer.args.output_dir, "adapter", "adapter_model.safetensors"))
+    assert all(torch.equal(value, written[name]) for name, value in saved.items())
+    configs = [read_json(Path(folder, "adapter", "adapter_config.json")) for folder in (best, trainer.args.output_dir)]
+    assert configs[0]["trained_parts"] == configs[1]["trained_parts"]
+    return configs[1]["trained_parts"]
+
+
+def test_the_best_model_is_loaded_at_the_end_with_what_it_has_learnt(tmp_path):
+    # The saved model named the groups of the whole run, heads too that the best checkpoint had never trained.
+    trainer = make_scored(tmp_path / "run", [1.0, 0.0])
+    trainer.train()
+    assert check_best(trainer, tmp_path / "run" / "checkpoint-1") == BUS_STAGE["train"]
+    # The best checkpoint was looked for in the folder of the run that goes on, where it has never been.
+    other = make_scored(tmp_path / "other", [0.0])
+    other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    check_best(other, tmp_path / "run" / "checkpoint-1")
+    # A moved run without a step left did not find it at all, and ended with its last weights.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = make_scored(tmp_path / "moved", [])
+    moved.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-2"))
+    check_best(moved, tmp_path / "moved" / "checkpoint-1")
+
+
+def test_the_last_checkpoint_may_be_the_best(tmp_path):
+    # It was noted, in its own state too, where it was written before it moved to its place; the run ended in an error.
+    trainer = make_scored(tmp_path, [0.0, 1.0])
+    trainer.train()
+    assert set(check_best(trainer, tmp_path / "checkpoint-2")) == {*BUS_STAGE["train"], *HEAD_STAGE["train"]}
+    state = read_json(tmp_path / "checkpoint-2" / "trainer_state.json")
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
