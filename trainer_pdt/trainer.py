@@ -222,7 +222,7 @@ class PDTTrainer(RecoverableTrainer):
         """Factor of the learning rate by step of a stage of `steps` steps."""
         scheduler = get_scheduler(
             self.args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate),
             num_warmup_steps=min(self.args.get_warmup_steps(steps), steps - 1),
             num_training_steps=steps,
             scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,

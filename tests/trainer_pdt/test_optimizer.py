@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import get_scheduler
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
@@ -47,6 +48,37 @@ def test_the_trainers_own_choice_of_a_class_is_used(tmp_path):
     assert isinstance(optimizer, torch.optim.NAdam)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     assert {group["pdt_group"] for group in optimizer.param_groups} == set(PARAMETER_GROUPS)
+
+
+def rates_of(scheduler, optimizer, steps):
+    """Learning rate of the first param group before every step, and after the last."""
+    rates = [scheduler.get_last_lr()[0]]
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cosine_with_min_lr", {"min_lr": 5e-3}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.5}),
+        ("cosine_warmup_with_min_lr", {"min_lr": 5e-3, "warmup_lr_rate": 0.1}),
+        ("polynomial", {"lr_end": 5e-3}),
+        ("polynomial", {}),
+        ("cosine", {}),
+    ],
+)
+def test_rates_of_a_schedule_are_those_of_the_library(tmp_path, name, options):
+    # Options that are learning rates were multiplied by `learning_rate`: this run ended at 5e-5, not at 5e-3.
+    choices = {"max_steps": 6, "warmup_steps": 2, "lr_scheduler_type": name, "lr_scheduler_kwargs": options}
+    trainer = make_trainer(tmp_path, learning_rate=1e-2, **choices)
+    found = rates_of(trainer.create_scheduler(6, trainer.create_optimizer()), trainer.optimizer, 5)
+    plain = torch.optim.SGD([torch.zeros(1)], lr=1e-2)
+    library = get_scheduler(name, plain, num_warmup_steps=2, num_training_steps=6, scheduler_specific_kwargs=options)
+    assert found == pytest.approx(rates_of(library, plain, 5), rel=1e-12)
 
 
 @pytest.mark.parametrize("option", ["params", "model", "optimizer_dict"])
