@@ -18,6 +18,10 @@ NOT_HERE = {
     "label_smoothing_factor": ((0.0,), "losses are the stages' own"),
     "torch_compile": ((False,), "layers are called one by one and change between calls"),
     "train_sampling_strategy": (("random", "sequential"), "a batch counts documents, whose rows differ in length"),
+    "enable_jit_checkpoint": (
+        (False,),
+        "it writes within a step, and a kill may leave parts: save_steps says how many steps a kill costs",
+    ),
 }
 """Fields of `TrainingArguments` that cannot do here what they say, by the values that ask for nothing of it."""
 
