@@ -22,6 +22,10 @@ NOT_HERE = {
         (False,),
         "it writes within a step, and a kill may leave parts: save_steps says how many steps a kill costs",
     ),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        ((False,), "evaluation runs as training does: bf16, or trunk_dtype of the recipe, says in which precision"),
+    ),
 }
 """Fields of `TrainingArguments` that cannot do here what they say, by the values that ask for nothing of it."""
 

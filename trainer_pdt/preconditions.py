@@ -1,5 +1,6 @@
 """What a training is refused for before its first step: it could not learn, or what it asks for would do nothing."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,6 +13,36 @@ from .sharding import is_trunk_sharded
 
 DOCUMENTS_WITH_REPEATS = 200
 """Documents among which one has to repeat a fact, if only repeated facts teach."""
+
+_MEASURES = "evaluation makes no predictions and has measures of its own: override `evaluate` to add others"
+NEVER_CALLED = {
+    "compute_metrics": _MEASURES,
+    "preprocess_logits_for_metrics": _MEASURES,
+    "compute_loss_func": "the losses of the stages are what is learnt: override `compute_loss` to add another",
+}
+"""Functions that `Trainer` takes and a PDT run has no use for, with the way out."""
+
+
+def check_given(given: Mapping[str, Any]) -> None:
+    """
+    Refuses functions that would never be called, and optimizers that stages could not freeze groups of.
+
+    Args:
+        given (`Mapping[str, Any]`): Arguments of `Trainer` by name.
+    """
+    for name, reason in NEVER_CALLED.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name}={given[name]!r}, allowed: None, {reason}.")
+    optimizer, schedule = pair = given.get("optimizers", (None, None))
+    groups = [] if optimizer is None else optimizer.param_groups
+    has_groups = all({"pdt_group", "pdt_values"} <= group.keys() for group in groups)
+    if not has_groups or (schedule is not None and schedule.optimizer is not optimizer):
+        found = ", ".join("None" if one is None else type(one).__name__ for one in pair)
+        raise ValueError(
+            f"optimizers=({found}), allowed: (None, None), where `optim` or `optimizer_cls_and_kwargs` chooses; or an "
+            "optimizer on the groups of `trainer_pdt.optimizer.parameter_groups`, alone or with a schedule of that "
+            "optimizer."
+        )
 
 
 def check_model(model: PDTForParallelDecoding, curriculum: Curriculum) -> None:

@@ -44,7 +44,7 @@ from .noise import NoiseDraw, draw_noise
 from .objective import loss_parts
 from .optimizer import SpectralNormCallback, make_optimizer
 from .own_text import OwnText
-from .preconditions import check_model, check_own_text, check_repeats
+from .preconditions import check_given, check_model, check_own_text, check_repeats
 from .recovery import RecoverableTrainer, check_layout
 from .sharding import keep_gathered, shard_trunk
 from .tap_cache import TapCache
@@ -84,6 +84,7 @@ class PDTTrainer(RecoverableTrainer):
         if curriculum.max_steps != args.max_steps:
             raise ValueError(f"max_steps={args.max_steps}, allowed: that of the curriculum = {curriculum.max_steps}.")
         check_model(model, curriculum)
+        check_given(kwargs)
         if data_collator is None:
             data_collator = PDTDataCollator.from_config(model.config, kwargs["processing_class"])
         # Planted contradictions are what evaluation measures the agreement head by.

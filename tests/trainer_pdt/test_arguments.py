@@ -104,6 +104,9 @@ def test_stages_need_the_length_of_the_run(tmp_path):
         ),
         # A kill while it wrote left a folder that no run goes on from; within a step it was not exact.
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True, allowed: False, .*: save_steps says"),
+        # Evaluation did not take them, and the model stayed on the CPU.
+        ({"bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval=True, allowed: False, .*: bf16"),
+        ({"fp16_full_eval": True, "use_cpu": True}, "fp16_full_eval=True, allowed: False, .*: bf16"),
     ],
 )
 def test_bad_training_arguments_are_named(tmp_path, values, message):

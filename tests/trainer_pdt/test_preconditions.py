@@ -1,8 +1,21 @@
 """What a training is refused for before its first step."""
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import ConstantLR
 
-from tests.tiny_training import BUS_STAGE, make_features, make_trainer
+from tests.tiny_training import (
+    BUS_STAGE,
+    make_arguments,
+    make_collator,
+    make_features,
+    make_model,
+    make_trainer,
+    tokenizer,
+)
+from trainer_pdt import PDTTrainer
+from trainer_pdt.curriculum import Curriculum
+from trainer_pdt.optimizer import parameter_groups
 
 
 def without_repeats(features):
@@ -23,3 +36,45 @@ def test_repeated_facts_alone_need_documents_that_repeat_some(tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path / "c", [BUS_STAGE], train_dataset=silent, other_weight=0.0)
+
+
+def build(folder, **choices):
+    """A trainer with further arguments of `Trainer`, which may be functions of the model and its arguments."""
+    model, args = make_model(), make_arguments(folder, max_steps=1)
+    made = {name: choice(model, args) for name, choice in choices.items()}
+    data = {"train_dataset": make_features(4), "data_collator": make_collator(model), "processing_class": tokenizer()}
+    return PDTTrainer(model, args, Curriculum.from_list([BUS_STAGE], 1), **data, **made)
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"])
+def test_functions_that_would_never_be_called_are_refused(tmp_path, name):
+    # They were accepted and ignored.
+    with pytest.raises(ValueError, match=rf"{name}=<.*>, allowed: None, .*: override"):
+        build(tmp_path, **{name: lambda model, args: lambda *values: {}})
+
+
+def adam(model, args):
+    return torch.optim.AdamW(parameter_groups(model.pdt_parameters(), args))
+
+
+def test_an_optimizer_is_taken_with_the_groups_that_stages_turn_on_and_off(tmp_path):
+    def with_schedule(model, args):
+        optimizer = adam(model, args)
+        return optimizer, ConstantLR(optimizer, 1.0)
+
+    def plain(model, args):
+        return torch.optim.SGD(model.pdt_parameters().values(), lr=0.1), None
+
+    def of_another(model, args):
+        return None, ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+
+    for choice in (lambda model, args: (adam(model, args), None), with_schedule):
+        trainer = build(tmp_path, optimizers=choice)
+        trainer.train()
+        assert trainer.state.global_step == 1
+    # The first step ended in "KeyError: 'pdt_group'".
+    with pytest.raises(ValueError, match=r"optimizers=\(SGD, None\), allowed: .*[.]parameter_groups"):
+        build(tmp_path, optimizers=plain)
+    # The first step ended in "zip() argument 2 is shorter than argument 1".
+    with pytest.raises(ValueError, match=r"optimizers=\(None, ConstantLR\), allowed: .* schedule of that optimizer"):
+        build(tmp_path, optimizers=of_another)
