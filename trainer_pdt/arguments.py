@@ -164,6 +164,11 @@ class PDTTrainingArguments(TrainingArguments):
             if getattr(self, name) not in allowed:
                 choices = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name}={getattr(self, name)!r}, allowed: {choices}, {reason}.")
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "accelerator_config.split_batches=True, allowed: False, per_device_train_batch_size and "
+                "per_device_eval_batch_size count documents per process."
+            )
 
 
 @dataclass

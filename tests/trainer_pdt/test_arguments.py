@@ -104,6 +104,11 @@ def test_stages_need_the_length_of_the_run(tmp_path):
         ),
         # A kill while it wrote left a folder that no run goes on from; within a step it was not exact.
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True, allowed: False, .*: save_steps says"),
+        # Two processes shared each batch of a process, and evaluation left out every second half.
+        (
+            {"accelerator_config": {"split_batches": True}},
+            "accelerator_config.split_batches=True, allowed: False, per_device_.* per process",
+        ),
         # Evaluation did not take them, and the model stayed on the CPU.
         ({"bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval=True, allowed: False, .*: bf16"),
         ({"fp16_full_eval": True, "use_cpu": True}, "fp16_full_eval=True, allowed: False, .*: bf16"),
