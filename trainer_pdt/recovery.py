@@ -125,6 +125,13 @@ class RecoverableTrainer(StreamCountTrainer):
         saved = read_adapter_config(folder, self.model.config.adapter_subfolder, {})
         self.model.peft.active_peft_config.trained_parts = saved.trained_parts
 
+    def _load_callback_state(self) -> None:
+        # The guard takes up its own state; `Trainer` would put a copy in its place, which no step is judged by.
+        stored, guard = self.state.stateful_callbacks, type(self.guard).__name__
+        self.state.stateful_callbacks = {name: state for name, state in stored.items() if name != guard}
+        super()._load_callback_state()
+        self.state.stateful_callbacks = stored
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
         self._loaded_step = None
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

@@ -105,6 +105,25 @@ def test_a_resumed_run_keeps_count_and_mean(tmp_path):
     assert [entry["step"] for entry in again.guard.skipped] == [2]
 
 
+def test_restored_callbacks_leave_the_guard_to_the_run(tmp_path):
+    # `Trainer` put a copy in its place, with the limits of the earlier run; skipped steps were counted in the one that
+    # was gone, and saved by the other.
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    whole = make_trainer(tmp_path, **settings)
+    spoil(whole, {1}, float("nan"))
+    whole.train()
+    choices = {**settings, "restore_callback_states_from_checkpoint": True}
+    again = make_trainer(tmp_path / "again", **choices)
+    again.guard.limit = 2
+    spoil(again, {3}, float("nan"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["step"] for entry in again.guard.skipped] == [1, 3]
+    assert again.guard in again.callback_handler.callbacks
+    saved = again.state.stateful_callbacks["LossGuard"]
+    assert saved == again.guard.state()
+    assert saved["args"]["limit"] == 2
+
+
 def judged(guard, losses, stage=0):
     """Verdicts on a row of losses."""
     accelerator = SimpleNamespace(reduce=lambda value, how: value, scaler=None, distributed_type="NO")
