@@ -1,4 +1,4 @@
-"""Settings that must give the same training: documents at once, or one by one with accumulation."""
+"""Settings that must give the same training: alike documents at once, or one by one with accumulation."""
 
 import pytest
 import torch
