@@ -38,12 +38,14 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
 
     Raises:
         ValueError: When `output_dir` holds a run with other settings, naming each of them, or a finished one; when the
-            named checkpoint is missing or damaged.
+            named checkpoint is missing or damaged, or `output_dir` holds checkpoints that do not lead to it.
     """
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint:
-        if check_complete(args.resume_from_checkpoint) >= args.max_steps:
+        step = check_complete(args.resume_from_checkpoint)
+        if step >= args.max_steps:
             raise ValueError(_finished("resume_from_checkpoint", args.resume_from_checkpoint, args.max_steps))
+        _check_course(args, step)
         return args.resume_from_checkpoint
     checkpoints = find_checkpoints(folder)
     if args.overwrite_output_dir:
@@ -63,13 +65,28 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
         raise ValueError(
             f"output_dir={args.output_dir!r} holds a run with other settings: {'; '.join(changes)}. Allowed: its "
             "settings, which continue it exactly; another output_dir; overwrite_output_dir=True, which starts anew; "
-            "or resume_from_checkpoint with a checkpoint's path, which goes on with the new settings."
+            "or resume_from_checkpoint with the path of its newest checkpoint, in another output_dir of any, which "
+            "goes on with the new settings."
         )
     if last is None:
         return None
     if last >= args.max_steps and is_finished(folder, last):
         raise ValueError(_finished("output_dir", args.output_dir, args.max_steps))
     return str(checkpoints[last])
+
+
+def _check_course(args: PDTTrainingArguments, step: int) -> None:
+    """Refuses a named checkpoint of `step` where others would count as newer than those that come after it."""
+    folder, named = Path(args.output_dir), Path(args.resume_from_checkpoint)
+    leads_here = named.resolve().parent == folder.resolve()
+    others = [path.name for found, path in find_checkpoints(folder).items() if not leads_here or found > step]
+    if others:
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r} is at step {step}, and "
+            f"output_dir={args.output_dir!r} holds {others}, which do not lead to it. Allowed: another output_dir; "
+            "these folders deleted; or, without resume_from_checkpoint and with the settings of the run that wrote "
+            "them, to go on from the newest."
+        )
 
 
 def is_finished(folder: Path, step: int) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.tiny_training import make_arguments
-from trainer_pdt.checkpoints import COMPLETE_FILE
+from trainer_pdt.checkpoints import COMPLETE_FILE, find_checkpoints
 from trainer_pdt.resume import differences, find_checkpoint, record_run
 from trainer_pdt.telemetry import read_json, to_jsonable, write_json
 
@@ -78,12 +78,37 @@ def test_a_finished_model_without_checkpoints_is_not_overwritten(tmp_path):
     assert find_checkpoint(args, settings_of(args)) is None
 
 
-def test_a_named_checkpoint_goes_on_with_other_settings(run):
-    args = make_arguments(run, learning_rate=0.5, resume_from_checkpoint=str(run / "checkpoint-1"))
-    checkpoint = find_checkpoint(args, settings_of(args))
-    assert checkpoint == str(run / "checkpoint-1")
+@pytest.mark.parametrize(("step", "folder"), [(1, "elsewhere"), (2, ".")])
+def test_a_named_checkpoint_goes_on_with_other_settings(run, step, folder):
+    checkpoint = str(run / f"checkpoint-{step}")
+    args = make_arguments(run / folder, max_steps=3, learning_rate=0.5, resume_from_checkpoint=checkpoint)
+    assert find_checkpoint(args, settings_of(args)) == checkpoint
     record_run(args, settings_of(args), checkpoint)
-    assert read_json(run / "manifest.json")["config"]["training"]["learning_rate"] == 0.5
+    assert read_json(run / folder / "manifest.json")["config"]["training"]["learning_rate"] == 0.5
+
+
+# Checkpoints are kept by their steps. Where later ones of another course stood, each new one was deleted as soon as it
+# was written, and after a kill the run went on from the newest of the other course: the manifest had been rewritten.
+@pytest.mark.parametrize(
+    ("place", "step", "named"),
+    [
+        (".", 1, "'checkpoint-2'"),
+        ("elsewhere", 1, "'checkpoint-1', 'checkpoint-2'"),
+        ("elsewhere", 2, "'checkpoint-1', 'checkpoint-2'"),
+        ("kept", 1, "'checkpoint-1', 'checkpoint-2'"),
+    ],
+)
+def test_a_named_checkpoint_is_refused_beside_those_of_another_course(run, place, step, named):
+    checkpoint = run / place / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    write_json(checkpoint / COMPLETE_FILE, {"step": step, "files": {}})
+    args = make_arguments(run, max_steps=3, learning_rate=0.5, resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint='.*' is at step {step}, and .* holds") as error:
+        find_checkpoint(args, settings_of(args))
+    assert f"[{named}]" in str(error.value)
+    for way in ("another output_dir", "deleted", "without resume_from_checkpoint"):
+        assert way in str(error.value)
+    assert list(find_checkpoints(run)) == [1, 2]
 
 
 def test_a_named_checkpoint_has_to_be_there_before_anything_is_recorded(run):
