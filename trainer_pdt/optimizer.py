@@ -1,10 +1,12 @@
 """The optimizer of a run: any of `transformers` that takes param groups, on the groups that stages turn on and off."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modeling_pdt import PDTForParallelDecoding
@@ -60,6 +62,35 @@ def make_optimizer(
     if own:
         raise ValueError(f"optim={args.optim.value!r} brings its own {own[0]}, allowed: one that takes param groups.")
     return cls(parameter_groups(parameters, args), **options)
+
+
+def group_settings(optimizer: torch.optim.Optimizer, options: Iterable[str]) -> list[dict[str, Any]]:
+    """
+    What a run's arguments say of each param group, without what the optimizer itself keeps there.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): New, before its schedule.
+        options (`Iterable[str]`): Names of the options that it was made with.
+    """
+    names = {"lr", "weight_decay", *options}
+    return [deepcopy({name: group[name] for name in names & group.keys()}) for group in optimizer.param_groups]
+
+
+def restore_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, settings: list[dict[str, Any]]) -> None:
+    """
+    Gives an optimizer and a schedule that were loaded the settings of this run; they come with those of the run that
+    saved them.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): With its state; plain or wrapped.
+        scheduler (`LambdaLR`): At its step.
+        settings (`list[dict]`): From [`group_settings`].
+    """
+    scheduler.base_lrs = [group["lr"] for group in settings]
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, own, rate in zip(optimizer.param_groups, settings, scheduler.get_last_lr(), strict=True):
+        group.update({**own, "initial_lr": own["lr"], "lr": rate})
 
 
 class SpectralNormCallback(TrainerCallback):

@@ -14,6 +14,7 @@ from .callbacks import settle_gradients
 from .checkpoints import LastingCheckpointsCallback, Retention, smoothed
 from .curriculum import PARAMETER_GROUPS, Curriculum
 from .guard import LossGuard, NamedBatches
+from .optimizer import restore_settings
 from .sampler import StreamCountTrainer
 from .sharding import average_gradients, is_trunk_sharded
 
@@ -47,7 +48,8 @@ def check_layout(checkpoint: str, stage: int, processes: int) -> None:
 
 class RecoverableTrainer(StreamCountTrainer):
     """
-    `Trainer` with a guard before each optimizer step, checkpoints that stay, and a best one by a smoothed metric.
+    `Trainer` with a guard before each optimizer step, checkpoints that stay and bring no settings along, and a best
+    one by a smoothed metric.
 
     Args:
         curriculum ([`Curriculum`]): The stages.
@@ -66,6 +68,8 @@ class RecoverableTrainer(StreamCountTrainer):
         self.curriculum = curriculum
         self.retention = Retention.of_run(curriculum, args.save_total_limit)
         self.guard = LossGuard() if guard is None else guard
+        # `None` where the caller brings an optimizer with settings of its own.
+        self.group_settings: list[dict[str, Any]] | None = None
         self.add_callback(LastingCheckpointsCallback(self.retention))
         self.add_callback(self.guard)
         self._loaded_step: int | None = None
@@ -77,6 +81,11 @@ class RecoverableTrainer(StreamCountTrainer):
         stages = zip(self.curriculum.starts, self.curriculum.stages, strict=True)
         seen = {group for start, stage in stages if start < steps for group in stage.train}
         return [group for group in PARAMETER_GROUPS if group in seen]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.group_settings is not None:
+            restore_settings(self.optimizer, self.lr_scheduler, self.group_settings)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -42,7 +42,7 @@ from .guard import LossGuard
 from .losses import IGNORE_INDEX, LossReport, weighted_total
 from .noise import NoiseDraw, draw_noise
 from .objective import loss_parts
-from .optimizer import SpectralNormCallback, make_optimizer
+from .optimizer import SpectralNormCallback, group_settings, make_optimizer
 from .own_text import OwnText
 from .preconditions import check_given, check_model, check_own_text, check_repeats
 from .recovery import RecoverableTrainer, check_layout
@@ -199,6 +199,7 @@ class PDTTrainer(RecoverableTrainer):
         if self.optimizer is None:
             chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = make_optimizer(*chosen, self.model.pdt_parameters(), self.args)
+            self.group_settings = group_settings(self.optimizer, chosen[1])
         return self.optimizer
 
     def create_scheduler(

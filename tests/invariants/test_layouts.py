@@ -184,9 +184,15 @@ def test_zero_equals_one_process_and_their_checkpoints_are_not_exchanged(tmp_pat
     # The threshold counts in ZeRO-3 alone: there, small parameters are not sharded by default.
     zero = {**ZERO, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     folder = tmp_path / "zero"
-    (report,) = launch(None, job(folder, **SETTINGS, deepspeed=zero))
-    assert report["wrapped"] == "DeepSpeedEngine"
+    other = {**SETTINGS, "learning_rate": 1e-3, "weight_decay": 0.5, "adam_beta2": 0.9}
+    first, second = (
+        job(folder, **SETTINGS, deepspeed=zero),
+        job(tmp_path / "other", folder / "checkpoint-1", **other, deepspeed=zero),
+    )
+    assert [report["wrapped"] for report in launch(None, first, second)] == ["DeepSpeedEngine"] * 2
     check_same(folder, alone)
+    # ZeRO loads what the optimizer's groups say too.
+    check_same(tmp_path / "other", train_alone(tmp_path / "other_alone", alone / "checkpoint-1", **other))
     written, wrong = (
         str(folder / "checkpoint-1"),
         f"was written with ZeRO-{stage} on 2 processes, allowed: .* a run with ",
@@ -194,9 +200,9 @@ def test_zero_equals_one_process_and_their_checkpoints_are_not_exchanged(tmp_pat
     check_layout(written, stage, 2)
     with pytest.raises(ValueError, match=wrong + "one process, DDP or FSDP2"):
         train_alone(tmp_path / "back", folder / "checkpoint-1")
-    for other, processes in ((5 - stage, 2), (stage, 4)):
-        with pytest.raises(ValueError, match=wrong + f"ZeRO-{other} on {processes} processes"):
-            check_layout(written, other, processes)
+    for asked, processes in ((5 - stage, 2), (stage, 4)):
+        with pytest.raises(ValueError, match=wrong + f"ZeRO-{asked} on {processes} processes"):
+            check_layout(written, asked, processes)
     with pytest.raises(ValueError, match=r"was written with one process, DDP or FSDP2, allowed: .* with ZeRO"):
         check_layout(str(alone / "checkpoint-1"), stage, 2)
 

@@ -90,6 +90,27 @@ def test_an_optimizer_that_chooses_its_parameters_is_refused(tmp_path, monkeypat
         trainer.create_optimizer()
 
 
+# The saved state of optimizer and schedule brought the options of the run that wrote it, over those of the run that
+# went on from it with other ones, while its manifest named the new.
+def test_a_run_that_goes_on_with_other_settings_has_its_own_rates_decay_and_betas(tmp_path):
+    def settings(trainer):
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in groups_of(trainer)]
+        return groups, trainer.lr_scheduler.base_lrs, trainer.lr_scheduler.get_last_lr()
+
+    def groups_of(trainer):
+        return trainer.optimizer.param_groups
+
+    saved = {"train_dataset": make_features(8), "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path / "first", max_steps=2, **saved).train()
+    other = {"learning_rate": 1e-4, "weight_decay": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "gate_lr_scale": 3.0}
+    whole, continued = (make_trainer(tmp_path / name, max_steps=2, **other) for name in ("whole", "continued"))
+    whole.train()
+    continued.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    assert settings(continued) == settings(whole)
+    moments = [next(iter(trainer.optimizer.state.values()))["step"] for trainer in (continued, whole)]
+    assert moments == [2, 2]
+
+
 @pytest.mark.slow
 def test_training_keeps_the_limit_on_singular_values(tmp_path):
     def largest(model):
