@@ -96,8 +96,8 @@ def main() -> None:
 
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_state()
     trainer.save_model()
+    trainer.save_state()
     if trainer.is_world_process_zero():
         write_training_report(args.output_dir)
     # A process that ends beside the threads of a process group may abort.

@@ -49,8 +49,7 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
         return args.resume_from_checkpoint
     checkpoints = find_checkpoints(folder)
     if args.overwrite_output_dir:
-        # Without its state a model in the folder does not count as finished.
-        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        _mark_unfinished(folder)
         for checkpoint in checkpoints.values():
             delete_checkpoint(checkpoint)
         clear_unfinished(folder)
@@ -96,6 +95,12 @@ def is_finished(folder: Path, step: int) -> bool:
     return written and read_json(state)["global_step"] == step
 
 
+def _mark_unfinished(folder: Path) -> None:
+    """Deletes what an earlier run left that would make the model in the folder count as one that is finished."""
+    for name in (TRAINER_STATE_NAME, TRAINING_ARGS_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _finished(name: str, value: str, max_steps: int) -> str:
     return (
         f"{name}={value!r} holds a run that is finished at max_steps={max_steps}: no step is left. Allowed: another "
@@ -125,13 +130,15 @@ def differences(earlier: Any, now: Any, name: str = "") -> Iterator[str]:
 
 def record_run(args: PDTTrainingArguments, settings: Mapping[str, Any], checkpoint: str | None) -> Path:
     """
-    Writes what a new run is, or adds to the manifest of a continued one with what it was continued.
+    Writes what a new run is, or adds to the manifest of a continued one with what it was continued; until the run has
+    written its model it does not count as finished.
 
     Args:
         args ([`PDTTrainingArguments`]): Of the run.
         settings (`Mapping`): As given to [`find_checkpoint`].
         checkpoint (`str`, *optional*): What that returned.
     """
+    _mark_unfinished(Path(args.output_dir))
     path = Path(args.output_dir) / MANIFEST_FILE
     if checkpoint is None or args.resume_from_checkpoint or not path.is_file():
         return write_manifest(args.output_dir, run_manifest(seed=args.seed, config=settings))

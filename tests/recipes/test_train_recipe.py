@@ -1,7 +1,9 @@
 """recipes/train.py on a trunk as large ones come: in bfloat16, quantised, with activation checkpointing."""
 
 import json
+import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -57,6 +59,20 @@ def test_activation_checkpointing_changes_no_weight(tmp_path):
         assert model.is_activation_checkpointing is on
         after.append(weights(model))
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+def test_the_state_that_marks_a_finished_run_comes_after_its_model(tmp_path, monkeypatch):
+    # It came before: a kill between them left a run that counted as finished without its model.
+    made = ("FeatureMaker", "PDTDataCollator", "PDTTrainer", "record_run", "write_training_report")
+    mocks = {name: MagicMock() for name in made}
+    pairs = {name: MagicMock(return_value=(MagicMock(), MagicMock())) for name in ("load_model", "load_features")}
+    for name, mock in {**mocks, **pairs}.items():
+        monkeypatch.setattr(train, name, mock)
+    options = ["--config", str(RECIPES / "tiny/train.yaml"), "--output_dir", str(tmp_path), "--use_cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *options, "--threads", "1"])
+    train.main()
+    calls = [call[0] for call in mocks["PDTTrainer"].return_value.method_calls]
+    assert calls.index("train") < calls.index("save_model") < calls.index("save_state")
 
 
 @pytest.mark.parametrize("name", ["production/train.yaml", "gpt_oss_20b/train_1x80gb.yaml"])

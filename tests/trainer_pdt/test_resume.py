@@ -4,7 +4,7 @@ import pytest
 
 from tests.tiny_training import make_arguments
 from trainer_pdt.checkpoints import COMPLETE_FILE, find_checkpoints
-from trainer_pdt.resume import differences, find_checkpoint, record_run
+from trainer_pdt.resume import differences, find_checkpoint, is_finished, record_run
 from trainer_pdt.telemetry import read_json, to_jsonable, write_json
 
 
@@ -109,6 +109,29 @@ def test_a_named_checkpoint_is_refused_beside_those_of_another_course(run, place
     for way in ("another output_dir", "deleted", "without resume_from_checkpoint"):
         assert way in str(error.value)
     assert list(find_checkpoints(run)) == [1, 2]
+
+
+# What a finished run had left stood for what the next run in its folder had not written yet: killed between its state
+# and its model, that one counted as finished, with the model of before.
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (2, {"overwrite_output_dir": True, "learning_rate": 0.5}),
+        (3, {"max_steps": 3, "resume_from_checkpoint": "checkpoint-2"}),
+    ],
+)
+def test_a_run_in_the_folder_of_a_finished_one_is_not_finished_before_its_model_is_written(run, step, changes):
+    write_json(run / "trainer_state.json", {"global_step": 2})
+    (run / "training_args.bin").touch()
+    assert is_finished(run, 2)
+    if "resume_from_checkpoint" in changes:
+        changes = {**changes, "resume_from_checkpoint": str(run / changes["resume_from_checkpoint"])}
+    args = make_arguments(run, **changes)
+    record_run(args, settings_of(args), find_checkpoint(args, settings_of(args)))
+    write_json(run / "trainer_state.json", {"global_step": step})
+    assert not is_finished(run, step)
+    (run / "training_args.bin").touch()
+    assert is_finished(run, step)
 
 
 def test_a_named_checkpoint_has_to_be_there_before_anything_is_recorded(run):
