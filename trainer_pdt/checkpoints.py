@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
 from .curriculum import Curriculum
@@ -105,7 +106,7 @@ def check_complete(checkpoint: str) -> int:
 
 def check_resumable(checkpoint: str, max_steps: int) -> None:
     """
-    Raises `ValueError` for what [`check_complete`] refuses, and for a checkpoint of a longer run.
+    Raises `ValueError` for what [`check_complete`] and [`check_optimizer`] refuse, and for a longer run's checkpoint.
 
     Args:
         checkpoint (`str`): Its folder.
@@ -115,6 +116,28 @@ def check_resumable(checkpoint: str, max_steps: int) -> None:
     if step > max_steps:
         raise ValueError(
             f"resume_from_checkpoint={checkpoint!r} is at step {step}, allowed: at most max_steps={max_steps}."
+        )
+    check_optimizer(checkpoint, max_steps - step)
+
+
+def check_optimizer(checkpoint: str, steps_left: int) -> None:
+    """
+    Raises `ValueError` for a checkpoint that holds a model alone, where steps are left to train.
+
+    Args:
+        checkpoint (`str`): Folder of a complete one.
+        steps_left (`int`): Of the run that is to go on from it.
+    """
+    folder = Path(checkpoint)
+    has_deepspeed = any(folder.glob("global_step*"))
+    needed = (SCHEDULER_NAME,) if has_deepspeed else (OPTIMIZER_NAME, SCHEDULER_NAME)
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing and steps_left > 0:
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} has no {', '.join(missing)} (save_only_model), allowed with "
+            f"{steps_left} steps left: a checkpoint of a run with save_only_model=False. overwrite_output_dir=True "
+            "starts anew; `PDTForParallelDecoding.from_pretrained(folder, is_trainable=True)` begins a new run with "
+            "its weights."
         )
 
 

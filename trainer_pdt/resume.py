@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .arguments import PDTTrainingArguments
-from .checkpoints import check_complete, clear_unfinished, delete_checkpoint, find_checkpoints
+from .checkpoints import check_complete, check_optimizer, clear_unfinished, delete_checkpoint, find_checkpoints
 from .telemetry import (
     MANIFEST_FILE,
     command_line,
@@ -38,13 +38,15 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
 
     Raises:
         ValueError: When `output_dir` holds a run with other settings, naming each of them, or a finished one; when the
-            named checkpoint is missing or damaged, or `output_dir` holds checkpoints that do not lead to it.
+            named checkpoint is missing, damaged or without its optimizer, or `output_dir` holds checkpoints that do
+            not lead to it.
     """
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint:
         step = check_complete(args.resume_from_checkpoint)
         if step >= args.max_steps:
             raise ValueError(_finished("resume_from_checkpoint", args.resume_from_checkpoint, args.max_steps))
+        check_optimizer(args.resume_from_checkpoint, args.max_steps - step)
         _check_course(args, step)
         return args.resume_from_checkpoint
     checkpoints = find_checkpoints(folder)

@@ -15,6 +15,7 @@ from trainer_pdt.checkpoints import (
     COMPLETE_FILE,
     Retention,
     check_complete,
+    check_optimizer,
     clear_unfinished,
     completion_record,
     delete_checkpoint,
@@ -157,6 +158,31 @@ def test_foreign_checkpoints_are_refused_with_the_reason(tmp_path, trained):
         wider.train(resume_from_checkpoint=str(trained / "checkpoint-1"))
     with pytest.raises(ValueError, match="checkpoint-2' is at step 2, allowed: at most max_steps=1"):
         make_trainer(tmp_path / "shorter", max_steps=1).train(resume_from_checkpoint=str(trained / "checkpoint-2"))
+
+
+# A run went on from such a checkpoint with a new optimizer and its schedule at the start, and said nothing.
+def test_checkpoints_without_optimizer_are_refused_while_steps_are_left(tmp_path):
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    make_trainer(tmp_path, **saving).train()
+    first, last = str(tmp_path / "checkpoint-1"), str(tmp_path / "checkpoint-2")
+    named = make_arguments(tmp_path / "named", resume_from_checkpoint=first, max_steps=2)
+    again = make_trainer(tmp_path / "again", **saving)
+    for go_on in (lambda: again.train(resume_from_checkpoint=first), lambda: find_checkpoint(named, {})):
+        refusal = "checkpoint-1' has no optimizer.pt, scheduler.pt .save_only_model., allowed with 1 steps left: "
+        with pytest.raises(ValueError, match=refusal):
+            go_on()
+    # No step is left: the model alone remains to be written.
+    again.train(resume_from_checkpoint=last)
+    assert again.state.global_step == 2
+    # DeepSpeed keeps the optimizer in its own folder.
+    check_optimizer(str(write_deepspeed_checkpoint(tmp_path)), 1)
+
+
+def write_deepspeed_checkpoint(run: Path) -> Path:
+    folder = write_checkpoint(run, 7)
+    (folder / "global_step7").mkdir()
+    (folder / "scheduler.pt").touch()
+    return folder
 
 
 def test_whoever_is_killed_leaves_a_checkpoint_whole_or_gone(tmp_path, monkeypatch):

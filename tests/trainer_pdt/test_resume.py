@@ -18,10 +18,15 @@ def run(tmp_path):
     args = make_arguments(tmp_path)
     record_run(args, settings_of(args), None)
     for step in (1, 2):
-        checkpoint = tmp_path / f"checkpoint-{step}"
-        checkpoint.mkdir()
-        write_json(checkpoint / COMPLETE_FILE, {"step": step, "files": {}})
+        write_checkpoint(tmp_path / f"checkpoint-{step}", step)
     return tmp_path
+
+
+def write_checkpoint(folder, step):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (folder / name).touch()
+    write_json(folder / COMPLETE_FILE, {"step": step, "files": {}})
 
 
 def test_an_empty_folder_starts_a_run(tmp_path):
@@ -100,8 +105,7 @@ def test_a_named_checkpoint_goes_on_with_other_settings(run, step, folder):
 )
 def test_a_named_checkpoint_is_refused_beside_those_of_another_course(run, place, step, named):
     checkpoint = run / place / f"checkpoint-{step}"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    write_json(checkpoint / COMPLETE_FILE, {"step": step, "files": {}})
+    write_checkpoint(checkpoint, step)
     args = make_arguments(run, max_steps=3, learning_rate=0.5, resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match=f"resume_from_checkpoint='.*' is at step {step}, and .* holds") as error:
         find_checkpoint(args, settings_of(args))
