@@ -14,6 +14,12 @@ NAME = "gradient_norms_from_{step}.jsonl"
 """A run, or its continuation, writes one file, named by the first step that it measured."""
 
 
+def norm_files(folder: Path) -> dict[int, Path]:
+    """The files of a run's folder by the first step that they hold, in order."""
+    files = {int(path.stem.rpartition("_")[2]): path for path in folder.glob(NAME.format(step="*"))}
+    return dict(sorted(files.items()))
+
+
 class GradientNormLog:
     """
     Writes one line per measured step: `step`, `stage`, under `losses` for every loss its `weight` and norms of the
@@ -71,6 +77,10 @@ class GradientNormLog:
         if self.path is None:
             self.path = self.folder / NAME.format(step=step)
             self.folder.mkdir(parents=True, exist_ok=True)
+            # What was measured from here on belongs to another course of the run.
+            for first, path in norm_files(self.folder).items():
+                if first > step:
+                    path.unlink()
             self.path.write_text("", encoding="utf-8")
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(to_jsonable(line), allow_nan=False) + "\n")

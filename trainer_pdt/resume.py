@@ -9,6 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from .arguments import PDTTrainingArguments
 from .checkpoints import check_complete, check_optimizer, clear_unfinished, delete_checkpoint, find_checkpoints
+from .gradient_norms import norm_files
 from .telemetry import (
     MANIFEST_FILE,
     command_line,
@@ -33,7 +34,7 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
 
     Args:
         args ([`PDTTrainingArguments`]): `resume_from_checkpoint` wins and its settings are not checked;
-            `overwrite_output_dir` deletes the folder's checkpoints.
+            `overwrite_output_dir` deletes the folder's checkpoints and gradient norms.
         settings (`Mapping`): Of this run, by part; what its manifest will hold.
 
     Raises:
@@ -55,6 +56,8 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
         for checkpoint in checkpoints.values():
             delete_checkpoint(checkpoint)
         clear_unfinished(folder)
+        for norms in norm_files(folder).values():
+            norms.unlink()
         return None
     last = max(checkpoints, default=None)
     if last is None and not (folder / "config.json").is_file():

@@ -16,7 +16,7 @@ from .evaluation.plots import log_history, plot_gradients, plot_learning
 from .evaluation.report import read_training
 from .evaluation.tables import Table, health_table, mixes_table, to_markdown
 from .evaluation.values import measure
-from .gradient_norms import NAME as NORMS_FILE
+from .gradient_norms import norm_files
 from .telemetry import REPORT_FILE
 
 logger = logging.getLogger(__name__)
@@ -85,11 +85,8 @@ def read_gradient_norms(folder: Path) -> list[dict[str, Any]]:
     Args:
         folder (`Path`): Of the run.
     """
-    pattern = NORMS_FILE.format(step="*")
-    files = sorted(folder.glob(pattern), key=lambda path: int(path.stem.rpartition("_")[2]))
     lines: dict[int, dict[str, Any]] = {}
-    for path in files:
-        first = int(path.stem.rpartition("_")[2])
+    for first, path in norm_files(folder).items():
         lines = {step: line for step, line in lines.items() if step < first}
         # A line without its end was being written when the process died.
         for text in path.read_text(encoding="utf-8").splitlines(keepends=True):

@@ -44,6 +44,18 @@ def test_a_weighted_loss_and_the_sum_of_all(tmp_path):
     assert all(parameter.grad is None for parameter in parameters.values())
 
 
+def test_a_file_takes_the_place_of_those_that_begin_later(tmp_path):
+    # A run that went on from before them showed what another course had measured from there on.
+    gate = torch.nn.Parameter(torch.ones(1))
+    for step in (5, 30, 10):
+        log = GradientNormLog(tmp_path, 5)
+        log.write(step, "bus", {"lm_ce": 1.0}, {"lm_ce": 2 * gate.sum()}, {"pdt_snc.0.gate.logit": gate})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gradient_norms_from_10.jsonl",
+        "gradient_norms_from_5.jsonl",
+    ]
+
+
 def test_due_and_bounds(tmp_path):
     log = GradientNormLog(tmp_path, 5)
     assert [step for step in range(11) if log.is_due(step, 0)] == [0, 5, 10] and not log.is_due(5, 1)

@@ -151,6 +151,15 @@ def test_overwriting_deletes_the_checkpoints(run):
     assert sorted(path.name for path in run.iterdir()) == ["manifest.json"]
 
 
+def test_overwriting_deletes_the_gradient_norms(run):
+    # The report of the new run showed those of the run before.
+    for step in (0, 20):
+        (run / f"gradient_norms_from_{step}.jsonl").touch()
+    args = make_arguments(run, overwrite_output_dir=True)
+    assert find_checkpoint(args, settings_of(args)) is None
+    assert sorted(path.name for path in run.iterdir()) == ["manifest.json"]
+
+
 def test_differences_are_nested_and_ignore_what_has_no_effect():
     earlier = {"a": {"b": [1, {"c": 2}]}, "output_dir": "x", "hub_token": None, "threads": 1}
     now = {"a": {"b": [1, {"c": 3}]}, "output_dir": "y", "hub_token": "t", "threads": 1, "eval_steps": 2}
