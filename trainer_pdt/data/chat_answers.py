@@ -145,7 +145,7 @@ def parse_answer(record: type[Record], text: str) -> Record:
         text (`str`): What the model wrote.
 
     Raises:
-        [`InvalidAnswer`]: `malformed_json` or `wrong_schema`, with the place.
+        [`InvalidAnswer`]: `malformed_json`, `wrong_schema` or `invalid_utf8`, with the place.
     """
     try:
         value = json.loads(text)
@@ -175,6 +175,7 @@ def _fit(hint: Any, about: About, value: Any, place: str) -> Any:
         return tuple(_entry(get_args(hint)[0], entry, f"{place}[{n}]") for n, entry in enumerate(value))
     _check_type(value, int | float if hint is float else hint, _JSON_TYPES[hint], place)
     if hint is str:
+        _check_text(value, place)
         value = value.strip()
         _check_range(len(value), about, f"number of characters of {place}")
         return value
@@ -186,12 +187,22 @@ def _entry(kind: type, value: Any, place: str) -> Any:
     if is_dataclass(kind):
         return _parse(kind, value, place)
     _check_type(value, kind, _JSON_TYPES[kind], place)
+    if kind is str:
+        _check_text(value, place)
     return value
 
 
 def _check_type(value: Any, kind: Any, name: str, place: str) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise InvalidAnswer("wrong_schema", f"{place} is {str(value)[:60]!r}, must be of type {name}.")
+
+
+def _check_text(text: str, place: str) -> None:
+    """JSON may hold half of a character (``\\ud83d`` of an emoji), which no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidAnswer("invalid_utf8", f"{place} has half of a character at character {error.start}.") from error
 
 
 def _check_range(number: float, about: About, what: str) -> None:

@@ -196,7 +196,8 @@ class ChatClient:
 
     def ask(self, request: ChatRequest, read: Callable[[str], Answer]) -> Answer:
         """
-        The answer to a request, from the store if it is there.
+        The answer to a request, from the store if it is there. A stored one that cannot be used, since answers are
+        checked for more than they were, is asked for again.
 
         Args:
             request ([`ChatRequest`]): The request.
@@ -207,10 +208,13 @@ class ChatClient:
                 this request (`refused_request`).
             [`BudgetExceeded`], [`ServerUnavailable`]: The build has to stop.
         """
+        max_tokens, problem = request.max_tokens, None
         stored = self.store.answer(request.key)
         if stored is not None:
-            return read(stored)
-        max_tokens, problem = request.max_tokens, None
+            try:
+                return read(stored)
+            except InvalidAnswer as invalid:
+                problem = invalid.detail
         for attempt in range(self.options.attempts):
             try:
                 return self._attempt(request, max_tokens, problem, read)

@@ -60,9 +60,9 @@ class AnswerStore:
         self._connection.executescript(_TABLES)
 
     def answer(self, key: str) -> str | None:
-        """The finished answer to a request, or `None`."""
+        """The newest finished answer to a request, or `None`."""
         with self._lock:
-            query = "SELECT answer FROM requests WHERE key = ? AND outcome = ? ORDER BY number LIMIT 1"
+            query = "SELECT answer FROM requests WHERE key = ? AND outcome = ? ORDER BY number DESC LIMIT 1"
             row = self._connection.execute(query, (key, FINISHED)).fetchone()
         return row[0] if row else None
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trainer_pdt.data.chat import read_notes
-from trainer_pdt.data.chat_answers import InvalidAnswer, PlanAnswer, parse_answer
+from trainer_pdt.data.chat_answers import InvalidAnswer, NotesAnswer, PlanAnswer, parse_answer
 from trainer_pdt.data.chat_prompts import make_passages, notes_messages, plan_messages
 from trainer_pdt.data.language import language_of
 from trainer_pdt.data.schema import PlanItem
@@ -92,12 +92,21 @@ def test_unfounded_notes_are_asked_for_again(wrong):
         ('{"prompt": "a", "streams": []}', "wrong_schema", "entries of answer.streams is 0, must be 2 to 8"),
         ('{"prompt": "a", "streams": [1, 2]}', "wrong_schema", r"answer.streams\[0\] has int"),
         ('{"prompt": "a", "streams": [], "more": 1}', "wrong_schema", "must be an object with"),
+        # Half of an emoji was taken, and no file could be written with it.
+        (r'{"prompt": "Tell \ud83d.", "streams": []}', "invalid_utf8", "answer.prompt has half of a character .* 5"),
     ],
 )
 def test_answers_are_checked(text, reason, words):
     with pytest.raises(InvalidAnswer, match=words) as caught:
         parse_answer(PlanAnswer, text)
     assert caught.value.reason == reason
+
+
+def test_half_of_a_character_in_a_list_of_texts_is_found():
+    entity = {"id": "e1", "name": "Ann Lee", "type": "person", "aliases": ["Ann", "\ud83d"]}
+    with pytest.raises(InvalidAnswer, match=r"answer.entities\[0\].aliases\[1\] has half of a character") as caught:
+        parse_answer(NotesAnswer, json.dumps({**NOTES, "entities": [entity], "statements": GOOD}))
+    assert caught.value.reason == "invalid_utf8"
 
 
 def test_passages_cover_the_text_in_order():
