@@ -24,10 +24,12 @@ from .chat_prompts import Messages, Passage, make_passages, notes_messages, plan
 from .language import language_of
 from .schema import Coverage, Entity, Fact, PlanItem, Span
 from .statements import cut_at_sentence, find_whole
-from .teachers import Plan, SectionNotes, SourceDocument, StreamPlan, TeacherStage
+from .teachers import Plan, Rejection, SectionNotes, SourceDocument, StreamPlan, TeacherStage
 
 RULES_VERSION = 1
 """Raised when the reading of answers changes, so that finished stages are done again."""
+
+MIN_STREAMS, MAX_STREAMS = 2, 8
 
 TOKENS_PER_STREAM, TOKENS_PER_ITEM, TOKENS_PER_STATEMENT = 60, 30, 90
 """Output tokens, for estimates."""
@@ -63,7 +65,7 @@ class ChatTeacher(ChatCaller):
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
-            **{"max_streams": (2, 8), "max_items": (1, 12), "temperature": (0, 2)},
+            **{"max_streams": (MIN_STREAMS, MAX_STREAMS), "max_items": (1, 12), "temperature": (0, 2)},
             **dict.fromkeys(
                 ("max_section_words", "max_document_words", "plan_tokens", "notes_tokens"), (1, 1_000_000)
             ),
@@ -90,11 +92,13 @@ class ChatTeacher(ChatCaller):
         Requests, tokens and US dollars of one document without any failure.
 
         Input is counted at 4 UTF-8 bytes per token; for the output, a document is taken to have `max_streams`
-        streams of `max_items` items, and every second item to be repeated once.
+        streams of `max_items` items, and every second item to be repeated once. A text of one passage takes nothing.
         """
         passages = make_passages(source, self.max_document_words)
+        if len(passages) < MIN_STREAMS:
+            return {}
         plan = self._request(PlanAnswer, self._plan_messages(source, passages))
-        streams = max(2, min(self.max_streams, len(passages)))
+        streams = min(self.max_streams, len(passages))
         items = streams * self.max_items
         planned = TOKENS_PER_STREAM * streams + TOKENS_PER_ITEM * items
         read = plan.bytes() / BYTES_PER_TOKEN
@@ -110,8 +114,15 @@ class ChatTeacher(ChatCaller):
         }
 
     def plan(self, source: SourceDocument) -> Plan:
-        """The plan that the model makes. Raises [`Rejection`] with the reason of the last attempt."""
+        """
+        The plan that the model makes.
+
+        Raises [`Rejection`]: `too_few_sections` for a text of one passage, without a request; else with the reason of
+        the last attempt.
+        """
         passages = make_passages(source, self.max_document_words)
+        if len(passages) < MIN_STREAMS:
+            raise Rejection("too_few_sections", f"{len(passages)} passage(s) of text, must be {MIN_STREAMS}.")
         request = self._request(PlanAnswer, self._plan_messages(source, passages))
         return self.ask(request, partial(self._read_plan, source, passages))
 

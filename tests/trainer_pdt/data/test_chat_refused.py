@@ -9,6 +9,7 @@ from tests.data_builds import make_builder
 from trainer_pdt.data.chat import ChatTeacher
 from trainer_pdt.data.chat_answers import InvalidAnswer
 from trainer_pdt.data.storage import read_json
+from trainer_pdt.data.teachers import Rejection
 from trainer_pdt.toy_endpoint import ToyHandler
 
 
@@ -77,3 +78,15 @@ def test_a_stored_answer_that_is_refused_is_asked_for_again(tmp_path, monkeypatc
         # The new answer is the one that counts: nothing is asked a third time.
         assert make_teacher(server.url, tmp_path).plan(source).prompt == "Tell of it."
         assert sum(server.calls.values()) == 2
+
+
+def test_no_model_is_asked_for_a_plan_that_cannot_exist(tmp_path):
+    # A document of one passage took all attempts, each refused for its passages, and two requests in an estimate.
+    source = toy_document(1, sections=1)
+    with chat_server() as server:
+        teacher = make_teacher(server.url, tmp_path)
+        with pytest.raises(Rejection, match="1 passage") as caught:
+            teacher.plan(source)
+        assert not server.calls
+    assert caught.value.reason == "too_few_sections"
+    assert not teacher.estimate(source)
