@@ -98,10 +98,26 @@ class PDTDataCollator:
         streams = {len(document["header_ids"]) for document in documents}
         if len(streams) != 1:
             raise ValueError(f"documents of one batch must have one number of streams, got {sorted(streams)}.")
+        for document in documents:
+            self.check_rows(document)
         batch = self._view(documents, "clean")
         if self.with_corrupted:
             batch["corrupted"] = self._view(documents, "corrupted")
         return batch
+
+    def check_rows(self, document: Mapping[str, Any]) -> None:
+        """Raises a `ValueError` where a row of a document has more than `max_row_tokens`."""
+        if self.max_row_tokens is None:
+            return
+        prompt = len(document["request_ids"]) + len(document["outline_ids"])
+        for view in ("clean", "corrupted") if self.with_corrupted else ("clean",):
+            for header, section in zip(document["header_ids"], document[view]["section_ids"], strict=True):
+                length = prompt + len(header) + len(section)
+                if length > self.max_row_tokens:
+                    raise ValueError(
+                        f"document {document['document_id']}: a row has {length} tokens, allowed: max_row_tokens = "
+                        f"{self.max_row_tokens}."
+                    )
 
     def _view(self, documents: Sequence[Mapping[str, Any]], name: str) -> dict[str, Tensor]:
         views = [document[name] for document in documents]
@@ -128,11 +144,6 @@ class PDTDataCollator:
         prompt, length, opening = request + outline, len(section), request + outline + len(header)
         size = self.block_size
         ids = [*document["request_ids"], *document["outline_ids"], *header, *section]
-        if self.max_row_tokens is not None and len(ids) > self.max_row_tokens:
-            raise ValueError(
-                f"document {document['document_id']}: a row has {len(ids)} tokens, allowed: max_row_tokens = "
-                f"{self.max_row_tokens}."
-            )
         written = [token // size for token in range(length)]
         adapter = stream % self.num_streams
         row = {

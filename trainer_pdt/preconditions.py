@@ -4,12 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
+from transformers.trainer_utils import has_length
 
 from modeling_pdt import PDTForParallelDecoding
 from modeling_pdt.hub_layout import quantizer_of
 
+from .arguments import PDTTrainingArguments
+from .collator import PDTDataCollator
 from .curriculum import Curriculum
+from .sampler import check_evaluation
 from .sharding import is_trunk_sharded
+
+DOCUMENTS_MADE_AHEAD = 200
+"""Training documents whose rows are measured ahead where each is made when it is asked for, in milliseconds."""
 
 DOCUMENTS_WITH_REPEATS = 200
 """Documents among which one has to repeat a fact, if only repeated facts teach."""
@@ -62,6 +70,46 @@ def check_model(model: PDTForParallelDecoding, curriculum: Curriculum) -> None:
     unread = [stage.name for stage in curriculum.stages if stage.is_active("plan_snapshot")]
     if unread and not model.config.plan_on_bus:
         raise ValueError(f"stages[{unread[0]}].losses.plan_snapshot needs a model with plan_on_bus=True, got False.")
+
+
+def check_data(
+    args: PDTTrainingArguments, curriculum: Curriculum, collator: PDTDataCollator, train: Any, evaluation: Any
+) -> None:
+    """
+    Refuses documents that training or the evaluation after it could not use.
+
+    Args:
+        args ([`PDTTrainingArguments`]): Of the run.
+        curriculum ([`Curriculum`]): The stages.
+        collator ([`PDTDataCollator`]): Of the run; tells the longest row.
+        train: Dataset of training.
+        evaluation: Dataset of evaluation, several by name, or `None`.
+    """
+    check_repeats(args.other_weight, curriculum, train)
+    held_out = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+    for dataset in held_out.values():
+        if dataset is not None:
+            check_evaluation(dataset, args)
+            check_rows(collator, dataset)
+    check_rows(collator, train, None if isinstance(train, Dataset) else DOCUMENTS_MADE_AHEAD)
+
+
+def check_rows(collator: PDTDataCollator, dataset: Any, most: int | None = None) -> None:
+    """
+    Refuses a dataset with a row longer than `max_row_tokens`, which a batch would meet in the middle of a run.
+
+    Args:
+        collator ([`PDTDataCollator`]): Tells the longest row.
+        dataset: Features of documents.
+        most (`int`, *optional*): Documents that are looked at; all when missing.
+    """
+    if collator.max_row_tokens is None or not has_length(dataset):
+        return
+    if isinstance(dataset, Dataset):
+        views = ["clean", "corrupted"] if collator.with_corrupted else ["clean"]
+        dataset = dataset.select_columns(["document_id", "request_ids", "outline_ids", "header_ids", *views])
+    for index in range(len(dataset) if most is None else min(most, len(dataset))):
+        collator.check_rows(dataset[index])
 
 
 def check_repeats(other_weight: float, curriculum: Curriculum, dataset: Any) -> None:

@@ -23,7 +23,8 @@ from .telemetry import (
 
 _WITHOUT_EFFECT = re.compile(
     r"(output_dir|overwrite_output_dir|resume_from_checkpoint|local_rank|run_name|project|report_to|disable_tqdm|"
-    r"push_to_hub|per_device_eval_batch_size|(do|eval|log|logging|save|hub|trackio|ddp_timeout)(_\w+)?)"
+    r"max_row_tokens|feature_workers|push_to_hub|per_device_eval_batch_size|"
+    r"(do|eval|log|logging|save|hub|trackio|ddp_timeout)(_\w+)?)"
 )
 """Training and data fields that do not change what is learnt."""
 

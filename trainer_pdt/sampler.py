@@ -1,5 +1,6 @@
 """Batches of documents of one number of streams, from datasets whose documents have 2 to 8."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, cycle, islice
 from typing import Any
@@ -112,8 +113,37 @@ def sampler_of(dataloader: DataLoader) -> StreamCountSampler | None:
     return sampler if isinstance(sampler, StreamCountSampler) else None
 
 
+def check_evaluation(dataset: Any, args: TrainingArguments) -> None:
+    """
+    Raises a `ValueError` for a dataset that leaves some process without a batch to evaluate.
+
+    Args:
+        dataset (`datasets.Dataset` or `torch.utils.data.Dataset`): Features of documents.
+        args (`TrainingArguments`): Documents per batch, processes and what becomes of the rest.
+    """
+    if not has_length(dataset):
+        return
+    least, is_enough = 1, len(dataset) > 0
+    if args.dataloader_drop_last:
+        size = args.eval_batch_size
+        batches = sum(count // size for count in Counter(stream_counts(dataset)).values())
+        least, is_enough = size * args.world_size, batches >= args.world_size
+    if not is_enough:
+        raise ValueError(
+            f"eval_dataset has {len(dataset)} documents, allowed with dataloader_drop_last="
+            f"{args.dataloader_drop_last}, per_device_eval_batch_size={args.per_device_eval_batch_size} and "
+            f"{args.world_size} process(es): at least {least}, in full batches of one number of streams."
+        )
+
+
 class StreamCountTrainer(Trainer):
     """`Trainer` whose batches hold documents of one number of streams, whatever its datasets hold."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Refuses documents that make no batch, see [`check_evaluation`]."""
+        dataloader = super().get_eval_dataloader(eval_dataset)
+        check_evaluation(dataloader.dataset, self.args)
+        return dataloader
 
     def get_train_dataloader(self) -> DataLoader:
         """Tells accelerate about the sampler, so that a resumed epoch reaches it on several processes too."""

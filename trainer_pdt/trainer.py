@@ -44,7 +44,7 @@ from .noise import NoiseDraw, draw_noise
 from .objective import loss_parts
 from .optimizer import SpectralNormCallback, group_settings, make_optimizer
 from .own_text import OwnText
-from .preconditions import check_given, check_model, check_own_text, check_repeats
+from .preconditions import check_data, check_given, check_model, check_own_text
 from .recovery import RecoverableTrainer, check_layout
 from .sharding import keep_gathered, shard_trunk
 from .tap_cache import TapCache
@@ -112,7 +112,7 @@ class PDTTrainer(RecoverableTrainer):
             self.guard.on_refusal.append(self.balance.undo)
         cache = args.lower_cache_dir
         self.tap_cache = TapCache(cache, model, str(self.accelerator.mixed_precision)) if cache else None
-        check_repeats(args.other_weight, curriculum, self.train_dataset)
+        check_data(args, curriculum, data_collator, self.train_dataset, self.eval_dataset)
         self.own_text = None
         if check_own_text(curriculum, self.train_dataset, self.accelerator):
             folder = Path(args.output_dir, "own_text")

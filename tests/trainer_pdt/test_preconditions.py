@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.optim.lr_scheduler import ConstantLR
 
 from tests.tiny_training import (
@@ -78,3 +79,47 @@ def test_an_optimizer_is_taken_with_the_groups_that_stages_turn_on_and_off(tmp_p
     # The first step ended in "zip() argument 2 is shorter than argument 1".
     with pytest.raises(ValueError, match=r"optimizers=\(None, ConstantLR\), allowed: .* schedule of that optimizer"):
         build(tmp_path, optimizers=of_another)
+
+
+def row_lengths(document):
+    prompt = len(document["request_ids"]) + len(document["outline_ids"])
+    rows = zip(document["header_ids"], document["clean"]["section_ids"], strict=True)
+    return [prompt + len(header) + len(section) for header, section in rows]
+
+
+def with_datasets(trainer, train, evaluation, args=None, **choices):
+    """A trainer like another one, with other datasets."""
+    collator, args = make_collator(trainer.model, **choices), args or trainer.args
+    datasets = {"train_dataset": train, "eval_dataset": evaluation}
+    return PDTTrainer(trainer.model, args, trainer.curriculum, collator, **datasets)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_too_long_rows_are_found_at_the_start(tmp_path, published):
+    # A row of the validation split was met after all steps, and no model was written.
+    rows = sorted(make_features(6), key=lambda row: max(row_lengths(row)))
+    rows = [{name: value for name, value in row.items() if name != "document"} for row in rows]
+    longest, allowed = max(row_lengths(rows[-1])), max(row_lengths(rows[2]))
+    assert longest > allowed
+    long, short = (Dataset.from_list(part) if published else part for part in (rows, rows[:3]))
+    trainer = make_trainer(tmp_path, [BUS_STAGE])
+    with_datasets(trainer, long, {"held_out": long}, max_row_tokens=longest)
+    for train, evaluation in ((long, short), (short, long), (short, {"held_out": long})):
+        with pytest.raises(ValueError, match=rf"a row has \d+ tokens, allowed: max_row_tokens = {allowed}"):
+            with_datasets(trainer, train, evaluation, max_row_tokens=allowed)
+
+
+@pytest.mark.parametrize(
+    ("documents", "changes", "least"),
+    [(0, {}, 1), (4, {"dataloader_drop_last": True, "per_device_eval_batch_size": 8}, 8)],
+)
+def test_evaluation_without_a_batch_is_refused_by_name(tmp_path, documents, changes, least):
+    # All steps were trained, then a KeyError named 'sibling_ce'.
+    args, features = make_arguments(tmp_path, **changes), make_features(documents, split="validation")
+    trainer = make_trainer(tmp_path, [BUS_STAGE])
+    message = rf"eval_dataset has {documents} documents, .* at least {least}"
+    with pytest.raises(ValueError, match=message):
+        with_datasets(trainer, trainer.train_dataset, features, args)
+    ready = with_datasets(trainer, trainer.train_dataset, make_features(least, split="validation"), args)
+    with pytest.raises(ValueError, match=message):
+        ready.evaluate(features)

@@ -164,3 +164,11 @@ def test_differences_are_nested_and_ignore_what_has_no_effect():
     earlier = {"a": {"b": [1, {"c": 2}]}, "output_dir": "x", "hub_token": None, "threads": 1}
     now = {"a": {"b": [1, {"c": 3}]}, "output_dir": "y", "hub_token": "t", "threads": 1, "eval_steps": 2}
     assert list(differences(earlier, now)) == ["a.b[1].c: 2 -> 3"]
+
+
+def test_a_longer_row_may_be_allowed_in_the_same_folder():
+    # A larger `max_row_tokens`, the way out that the error names, was refused as another setting.
+    earlier = {"data": {"max_row_tokens": 129, "feature_workers": 1, "train_documents": 8}}
+    assert not list(
+        differences(earlier, {"data": {"max_row_tokens": 200, "feature_workers": 4, "train_documents": 8}})
+    )
