@@ -33,7 +33,11 @@ LOW_DISK, FULL_DISK = 10, 2
 NEWEST_WEIGHT = 0.3
 """Weight of the newest evaluation in the moving average that decides which checkpoint is the best."""
 
-_WRITING, _DELETING = ".saving-", ".deleting-"
+_WRITING, _DELETING = "_saving-", "_deleting-"
+"""Names that `Trainer` leaves out of what it uploads."""
+
+_FORMER = (".saving-", ".deleting-")
+"""What runs of earlier versions may have left."""
 
 
 def staging_folder(run_dir: Path, name: str) -> Path:
@@ -43,8 +47,8 @@ def staging_folder(run_dir: Path, name: str) -> Path:
 
 def clear_unfinished(run_dir: Path) -> None:
     """Deletes what a killed run was writing or deleting, at whatever step it was."""
-    for prefix in (_WRITING, _DELETING):
-        for folder in run_dir.glob(f"{prefix}*"):
+    for prefix in (_WRITING, _DELETING, *_FORMER):
+        for folder in run_dir.glob(f"{prefix}checkpoint-*"):
             shutil.rmtree(folder)
 
 

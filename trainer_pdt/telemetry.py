@@ -89,7 +89,8 @@ def write_json(path: str | Path, data: Any, indent: int | None = 2) -> Path:
     path = Path(path)
     text = json.dumps(to_jsonable(data), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    # `Trainer` leaves names with this beginning out of what it uploads.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"_{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)

@@ -304,9 +304,10 @@ class PDTTrainer(RecoverableTrainer):
             write_json(staging / name / COMPLETE_FILE, completion_record(staging / name, self.state.global_step))
             move_into_place(staging / name, run_dir / name)
             shutil.rmtree(staging)
+            # An upload reads the folder later, in a thread.
+            self.retention.apply(run_dir, self.state.best_global_step)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(run_dir / name))
-            self.retention.apply(run_dir, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

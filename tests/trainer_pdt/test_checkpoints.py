@@ -193,11 +193,12 @@ def test_whoever_is_killed_leaves_a_checkpoint_whole_or_gone(tmp_path, monkeypat
         (path / "state.json").unlink()
         raise Killed
 
-    old, new = write_checkpoint(tmp_path, 3), write_checkpoint(tmp_path / ".saving-checkpoint-3", 3)
+    old, new = write_checkpoint(tmp_path, 3), write_checkpoint(tmp_path / "_saving-checkpoint-3", 3)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(shutil, "rmtree", killed)
         delete_checkpoint(old)
     assert steps_kept(tmp_path) == []
+    (tmp_path / ".saving-checkpoint-4").mkdir()
     clear_unfinished(tmp_path)
     assert list(tmp_path.iterdir()) == []
     old, new = write_checkpoint(tmp_path, 3), write_checkpoint(tmp_path / "new", 3, size=7)
@@ -215,11 +216,11 @@ def test_a_finished_run_is_not_continued_with_the_same_max_steps(tmp_path):
     last = str(tmp_path / "checkpoint-2")
     assert find_checkpoint(trainer.args, settings) == last
     # Killed after the last step and before the model was written: no step is added, and the rest is done.
-    (tmp_path / ".deleting-checkpoint-1").mkdir()
+    (tmp_path / "_deleting-checkpoint-1").mkdir()
     unfinished = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     unfinished.train(resume_from_checkpoint=last)
     assert unfinished.state.global_step == 2
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("_*"))
     for name, value in weights(trainer.model).items():
         assert torch.equal(weights(unfinished.model)[name], value)
     unfinished.save_state()

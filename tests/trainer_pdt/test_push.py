@@ -1,10 +1,13 @@
 """Pushing goes through `Trainer`'s own path, with what a PDT model adds to it; no hub is reached."""
 
+import os
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from transformers import trainer as transformers_trainer
 
 from tests.tiny_training import make_model, make_trainer
@@ -77,12 +80,37 @@ def test_checkpoints_are_pushed_when_they_are_complete(tmp_path, hub, strategy):
     )
     for upload in hub.uploads:
         assert upload["files"] >= INFERENCE
-        assert not [name for name in upload["files"] if name.startswith(".saving")]
+        assert not [name for name in upload["files"] if "saving" in name]
         if upload["folder"].name != tmp_path.name:
             assert upload["path_in_repo"] == upload["folder"].name
             assert "complete.json" in upload["files"]
     if hub.uploads:
         assert hub.uploads[0]["adapter"] != hub.uploads[-1]["adapter"]
+
+
+def test_what_is_written_or_deleted_meanwhile_is_never_uploaded(tmp_path, hub, monkeypatch):
+    # Uploads run in threads: they sent checkpoints that were being deleted, or failed on files that went away.
+    delete, replace, meanwhile = shutil.rmtree, os.replace, []
+
+    def watched(folder, **choices):
+        meanwhile.extend(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+        delete(folder, **choices)
+
+    def renamed(source, target):
+        meanwhile.append(Path(source).relative_to(tmp_path).as_posix())
+        replace(source, target)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    monkeypatch.setattr(os, "replace", renamed)
+    every = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
+    make_trainer(tmp_path, push_to_hub=True, hub_strategy="every_save", **every).train()
+    for part in ("deleting-checkpoint-1/", "stage_history.json."):
+        assert any(part in name for name in meanwhile)
+    (ignored,) = {tuple(upload["ignore_patterns"]) for upload in hub.uploads}
+    sent = filter_repo_objects(meanwhile, ignore_patterns=list(ignored))
+    assert not [name for name in sent if "checkpoint-" in name or name.endswith(".tmp")]
+    for step, upload in enumerate(hub.uploads, start=1):
+        assert {name for name in upload["files"] if "checkpoint" in name} == {f"checkpoint-{step}"}
 
 
 def test_a_trunk_of_this_machine_is_refused_before_training(tmp_path, hub):

@@ -145,7 +145,7 @@ def test_a_named_checkpoint_has_to_be_there_before_anything_is_recorded(run):
 
 
 def test_overwriting_deletes_the_checkpoints(run):
-    (run / ".saving-checkpoint-3").mkdir()
+    (run / "_saving-checkpoint-3").mkdir()
     args = make_arguments(run, learning_rate=0.5, overwrite_output_dir=True)
     assert find_checkpoint(args, settings_of(args)) is None
     assert sorted(path.name for path in run.iterdir()) == ["manifest.json"]

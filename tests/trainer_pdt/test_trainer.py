@@ -248,7 +248,7 @@ def test_checkpoints_hold_adapters_only_and_stage_starts_stay(tmp_path):
     trainer = make_trainer(tmp_path, TWO_STAGES, max_steps=8, save_strategy="steps", save_steps=1, save_total_limit=1)
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
-    assert not list(tmp_path.glob(".saving-*"))
+    assert not list(tmp_path.glob("_saving-*"))
     last = tmp_path / "checkpoint-8"
     assert (last / COMPLETE_FILE).is_file()
     state = load_file(last / "adapter" / "adapter_model.safetensors")
