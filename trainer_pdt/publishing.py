@@ -93,6 +93,13 @@ class PublishArguments:
             raise ValueError(f"model={self.model!r}, allowed: the folder of a trained model.")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_id):
             raise ValueError(f"repo_id={self.repo_id!r}, allowed: owner/name.")
+        for name in ("model", "evaluation"):
+            path = getattr(self, name)
+            if path is not None and Path(path).resolve().is_relative_to(self.folder.resolve()):
+                raise ValueError(
+                    f"staging_folder={self.staging_folder!r}, allowed with {name}={path!r}: one that does not hold "
+                    f"it in {self.folder}, which is emptied."
+                )
 
     @property
     def folder(self) -> Path:
@@ -115,15 +122,15 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
         ValueError: For a model that does not load, does not condition, or names a trunk that nobody else has.
     """
     model, tokenizer = load_trained(arguments.model)
-    folder = arguments.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     model.check_conditioning()
     if not arguments.include_trunk and os.path.isdir(model.config.trunk_name_or_path or ""):
         raise ValueError(
             f"trunk_name_or_path={model.config.trunk_name_or_path!r} is a local folder, allowed: a Hub id, or "
             "include_trunk=true, which uploads a small trunk too."
         )
+    folder = arguments.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     model.save_pretrained(folder, include_trunk=arguments.include_trunk)
     # How it was loaded here concerns nobody else.
     for name in ("is_local", "local_files_only"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,19 @@ def test_a_dry_run_shows_every_file_and_the_card(run, tmp_path, capsys):
     assert wanted | {"custom_generate/generate.py", "modeling_pdt.py"} <= set(names)
     assert not {"is_local", "local_files_only"} & json.loads((folder / "tokenizer_config.json").read_text()).keys()
     assert not {"training_args.bin", ".env", "manifest.json"} & set(names)
+
+
+@pytest.mark.parametrize("named", ["model", "evaluation"])
+def test_what_is_published_is_not_deleted_first(run, tmp_path, named):
+    # A model in the staging folder lost its evaluation, manifest and thresholds, and then could not be staged.
+    place = tmp_path / "staging" / "me--pdt"
+    shutil.copytree(run, place)
+    shutil.copyfile(DEMO, place / "evaluation.json")
+    before = sorted(path.name for path in place.iterdir())
+    model = place if named == "model" else run
+    with pytest.raises(ValueError, match=rf"staging_folder=.*, allowed with {named}=.*me--pdt, which is emptied"):
+        publish(model, tmp_path, "--include_trunk", "--evaluation", str(place / "evaluation.json"))
+    assert sorted(path.name for path in place.iterdir()) == before
 
 
 def test_check_sums_cover_every_file(run, tmp_path):
