@@ -1,5 +1,6 @@
 """Documents as a typed `datasets.Dataset` and back: one row per document, streams nested inside."""
 
+import glob
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def load_published(path: str, cache_dir: str | None = None) -> DatasetDict:
         return load_from_disk(path)
     splits: dict[str, list[str]] = {}
     for file in sorted(Path(path).resolve().glob("data/*.parquet")):
-        splits.setdefault(file.name.split("-")[0], []).append(str(file))
+        splits.setdefault(file.name.split("-")[0], []).append(glob.escape(str(file)))
     if splits:
         # Of a folder, the cache of `load_dataset` may know no more than its name; of files it knows path and time.
         return load_dataset("parquet", data_files=splits, cache_dir=cache_dir)

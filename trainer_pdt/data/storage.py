@@ -5,6 +5,7 @@ its place and renamed, so a build that is killed leaves finished shards and rubb
 Nothing in a file depends on the time, the machine or the folder: the same input gives the same bytes.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -120,7 +121,7 @@ def read_parquet(path: Path, cache: Path, columns: Sequence[str] | None = None) 
         choice = {"columns": list(columns)} if columns else {}
         options = {"split": "train", "streaming": True, "cache_dir": folder, **choice}
         with _LOADING:
-            rows = load_dataset("parquet", data_files=[str(path)], **options)
+            rows = load_dataset("parquet", data_files=[glob.escape(str(path))], **options)
         yield from rows
 
 

@@ -298,6 +298,15 @@ def test_a_build_is_not_taken_for_another_of_its_name(built, copy, tmp_path):
     assert info["download_size"] == sum(path.stat().st_size for path in (copy / "dataset" / "data").iterdir())
 
 
+def test_folders_may_have_any_name(built, tmp_path):
+    # `load_dataset` takes paths for patterns: in a folder named `run[1]` it found no file, and the build failed.
+    folder = make_builder(tmp_path / "run[1]*").run()
+    assert all_bytes(folder / "data") == all_bytes(built / "dataset" / "data")
+    assert {name: len(split) for name, split in load_published(str(folder)).items()} == {
+        name: len(split) for name, split in load_published(str(built / "dataset")).items()
+    }
+
+
 def test_dry_run_stops_after_the_first_stage(tmp_path):
     assert make_builder(tmp_path).estimate() == {"documents": 21}
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"preflight"}
