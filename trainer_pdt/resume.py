@@ -34,8 +34,8 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
     The checkpoint to continue from, `None` for a new run.
 
     Args:
-        args ([`PDTTrainingArguments`]): `resume_from_checkpoint` wins and its settings are not checked;
-            `overwrite_output_dir` deletes the folder's checkpoints and gradient norms.
+        args ([`PDTTrainingArguments`]): `resume_from_checkpoint` wins and its settings are not checked; with
+            `overwrite_output_dir` what the folder holds does not count, and [`record_run`] deletes it.
         settings (`Mapping`): Of this run, by part; what its manifest will hold.
 
     Raises:
@@ -51,15 +51,9 @@ def find_checkpoint(args: PDTTrainingArguments, settings: Mapping[str, Any]) -> 
         check_optimizer(args.resume_from_checkpoint, args.max_steps - step)
         _check_course(args, step)
         return args.resume_from_checkpoint
-    checkpoints = find_checkpoints(folder)
     if args.overwrite_output_dir:
-        _mark_unfinished(folder)
-        for checkpoint in checkpoints.values():
-            delete_checkpoint(checkpoint)
-        clear_unfinished(folder)
-        for norms in norm_files(folder).values():
-            norms.unlink()
         return None
+    checkpoints = find_checkpoints(folder)
     last = max(checkpoints, default=None)
     if last is None and not (folder / "config.json").is_file():
         return None
@@ -107,6 +101,15 @@ def _mark_unfinished(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _delete_course(folder: Path) -> None:
+    """Deletes checkpoints and gradient norms."""
+    for checkpoint in find_checkpoints(folder).values():
+        delete_checkpoint(checkpoint)
+    clear_unfinished(folder)
+    for norms in norm_files(folder).values():
+        norms.unlink()
+
+
 def _finished(name: str, value: str, max_steps: int) -> str:
     return (
         f"{name}={value!r} holds a run that is finished at max_steps={max_steps}: no step is left. Allowed: another "
@@ -137,15 +140,19 @@ def differences(earlier: Any, now: Any, name: str = "") -> Iterator[str]:
 def record_run(args: PDTTrainingArguments, settings: Mapping[str, Any], checkpoint: str | None) -> Path:
     """
     Writes what a new run is, or adds to the manifest of a continued one with what it was continued; until the run has
-    written its model it does not count as finished.
+    written its model it does not count as finished. With `overwrite_output_dir` checkpoints and gradient norms of the
+    run before go here and not earlier: a run whose model, data or arguments are refused has deleted nothing.
 
     Args:
         args ([`PDTTrainingArguments`]): Of the run.
         settings (`Mapping`): As given to [`find_checkpoint`].
         checkpoint (`str`, *optional*): What that returned.
     """
-    _mark_unfinished(Path(args.output_dir))
-    path = Path(args.output_dir) / MANIFEST_FILE
+    folder = Path(args.output_dir)
+    _mark_unfinished(folder)
+    if args.overwrite_output_dir and checkpoint is None:
+        _delete_course(folder)
+    path = folder / MANIFEST_FILE
     if checkpoint is None or args.resume_from_checkpoint or not path.is_file():
         return write_manifest(args.output_dir, run_manifest(seed=args.seed, config=settings))
     manifest = read_json(path)

@@ -234,6 +234,7 @@ def test_a_finished_run_is_not_continued_with_the_same_max_steps(tmp_path):
     assert find_checkpoint(longer, settings) == last
     anew = make_arguments(tmp_path, overwrite_output_dir=True)
     assert find_checkpoint(anew, settings) is None
+    record_run(anew, settings, None)
     assert steps_kept(tmp_path) == []
     write_checkpoint(tmp_path, 2)
     assert find_checkpoint(trainer.args, settings) == last

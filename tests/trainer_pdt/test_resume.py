@@ -144,10 +144,14 @@ def test_a_named_checkpoint_has_to_be_there_before_anything_is_recorded(run):
         find_checkpoint(args, settings_of(args))
 
 
-def test_overwriting_deletes_the_checkpoints(run):
+def test_overwriting_deletes_the_checkpoints_when_the_run_begins(run):
     (run / "_saving-checkpoint-3").mkdir()
     args = make_arguments(run, learning_rate=0.5, overwrite_output_dir=True)
+    before = sorted(run.rglob("*"))
     assert find_checkpoint(args, settings_of(args)) is None
+    # They were gone before model, data and trainer were built: a mistyped path cost the run of before.
+    assert sorted(run.rglob("*")) == before
+    record_run(args, settings_of(args), None)
     assert sorted(path.name for path in run.iterdir()) == ["manifest.json"]
 
 
@@ -156,7 +160,7 @@ def test_overwriting_deletes_the_gradient_norms(run):
     for step in (0, 20):
         (run / f"gradient_norms_from_{step}.jsonl").touch()
     args = make_arguments(run, overwrite_output_dir=True)
-    assert find_checkpoint(args, settings_of(args)) is None
+    record_run(args, settings_of(args), find_checkpoint(args, settings_of(args)))
     assert sorted(path.name for path in run.iterdir()) == ["manifest.json"]
 
 
