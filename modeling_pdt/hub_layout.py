@@ -47,7 +47,8 @@ def resolve_trunk_name(config: PDTConfig, folder_or_repo: str) -> str:
     The trunk's Hub id or path; a relative path that exists under the model's folder is taken from there.
 
     Raises:
-        ValueError: When there is no name, or one that leads out of the folder or out of the Hub.
+        ValueError: When there is no name, one of a folder that does not exist, or one that leads out of the folder or
+            out of the Hub.
     """
     name = config.trunk_name_or_path
     if not name:
@@ -60,6 +61,11 @@ def resolve_trunk_name(config: PDTConfig, folder_or_repo: str) -> str:
         check_trunk_files(folder_or_repo, name)
         return str(check_inside(folder_or_repo, name))
     if is_folder and os.path.isabs(name):
+        if not os.path.isdir(name):
+            raise ValueError(
+                f"trunk_name_or_path={name!r} in the config.json of {folder_or_repo}, allowed: a folder that exists, "
+                "or a Hub id. If the trunk was moved, pass trunk=... or trunk_name_or_path=..., or edit config.json."
+            )
         return name
     try:
         validate_repo_id(name)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from modeling_pdt import PDTConfig, PDTForParallelDecoding
 
@@ -337,6 +338,21 @@ def test_another_trunk_is_an_error(saved, make_trunk):
     for trunk, words in ((make_trunk("qwen3"), "trunk_num_layers is 3"), (make_trunk("gpt_oss"), "has 4")):
         with pytest.raises(ValueError, match=words):
             PDTForParallelDecoding.from_pretrained(folder, trunk=trunk)
+
+
+def test_a_trunk_that_was_moved_away_is_named(make_trunk, inputs, tmp_path):
+    # The Hub said that a repository's id must look otherwise: neither the field nor what to do about it was named.
+    make_trunk("llama").save_pretrained(tmp_path / "trunk")
+    model = PDTForParallelDecoding.from_trunk(str(tmp_path / "trunk"), notes_dim=16).eval()
+    model.save_pretrained(tmp_path / "saved")
+    shutil.move(tmp_path / "trunk", tmp_path / "moved")
+    message = f"trunk_name_or_path='{tmp_path}/trunk' in the config.json of {tmp_path}/saved, allowed: a folder that"
+    with pytest.raises(ValueError, match=re.escape(message) + r".* pass trunk=\.\.\."):
+        PDTForParallelDecoding.from_pretrained(tmp_path / "saved")
+    trunk = LlamaForCausalLM.from_pretrained(tmp_path / "moved")
+    for choice in ({"trunk": trunk}, {"trunk_name_or_path": str(tmp_path / "moved")}):
+        again = PDTForParallelDecoding.from_pretrained(tmp_path / "saved", **choice)
+        assert torch.equal(logits(again, inputs), logits(model, inputs))
 
 
 def test_a_model_needs_a_trunk():
