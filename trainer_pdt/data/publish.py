@@ -63,7 +63,12 @@ def documents_to_dataset(documents: Iterable[Document]) -> Dataset:
 
 
 def load_published(path: str, cache_dir: str | None = None) -> DatasetDict:
-    """A published dataset: a folder of `save_to_disk`, a folder that a build exported, or a Hub id."""
+    """
+    A published dataset: a folder of `save_to_disk`, a folder that a build exported, or a Hub id.
+
+    Raises:
+        ValueError: For a folder of something else.
+    """
     if (Path(path) / "dataset_dict.json").is_file():
         return load_from_disk(path)
     splits: dict[str, list[str]] = {}
@@ -72,6 +77,11 @@ def load_published(path: str, cache_dir: str | None = None) -> DatasetDict:
     if splits:
         # Of a folder, the cache of `load_dataset` may know no more than its name; of files it knows path and time.
         return load_dataset("parquet", data_files=splits, cache_dir=cache_dir)
+    if Path(path).is_dir():
+        raise ValueError(
+            f"dataset_path={path!r}, allowed: a folder with data/*.parquet (the dataset folder of a build) or with "
+            "dataset_dict.json (save_to_disk), it has neither; or a dataset of the Hub."
+        )
     return load_dataset(path, cache_dir=cache_dir)
 
 
