@@ -75,6 +75,11 @@ def load_trained(
     if revision is not None and Path(model).is_dir():
         raise ValueError(f"revision={revision!r}, allowed: none, the model {model} is a folder.")
     check_source("model", model, PDTConfig.model_type)
+    if Path(model).is_dir() and not any(Path(model).glob("tokenizer*")):
+        raise ValueError(
+            f"model={model!r} holds no tokenizer, allowed: a folder with the trunk's tokenizer beside the model. Save "
+            f"it there: AutoTokenizer.from_pretrained(TRUNK).save_pretrained({model!r})."
+        )
     resolved = resolve_revision(model, revision=revision)
     pinned = {} if trunk_revision is None else {"trunk_revision": trunk_revision}
     trained = PDTForParallelDecoding.from_pretrained(model, revision=resolved, **pinned, **choices)

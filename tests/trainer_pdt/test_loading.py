@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -10,6 +11,8 @@ from huggingface_hub import constants
 from trainer_pdt.arguments import DataArguments
 from trainer_pdt.features import load_features
 from trainer_pdt.loading import check_source, load_trained
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("value", ["/nowhere/model", "build/of/nobody", "./model"])
@@ -50,6 +53,20 @@ def test_a_folder_of_something_else_is_no_model(config, found, tmp_path):
     message = f"model='{tmp_path}', allowed: a folder with the config.json of a PDT model (model_type='pdt'); {found}."
     with pytest.raises(ValueError, match=re.escape(message)):
         load_trained(str(tmp_path))
+
+
+def test_what_the_readme_saves_first_can_be_loaded(tmp_path, monkeypatch):
+    # It saved no tokenizer, and the recipe that decodes failed for want of sentencepiece.
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)[1]
+    exec(code, {})
+    load_trained("build/adapters")
+    for file in (tmp_path / "build/adapters").glob("tokenizer*"):
+        file.unlink()
+    message = r"model='build/adapters' holds no tokenizer, allowed: .* AutoTokenizer.from_pretrained\(TRUNK\)"
+    with pytest.raises(ValueError, match=message):
+        load_trained("build/adapters")
 
 
 def test_a_folder_without_configuration_is_no_trunk(tmp_path):
