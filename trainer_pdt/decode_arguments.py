@@ -18,6 +18,7 @@ from .render import render_header
 
 # The recipe's own options of these names say more than the field of the generation configuration.
 RECIPE_OWNS = ("plan",)
+MANIFEST_OPTIONS = ("token_records", "reading_records", "memory_report", "reference_notes")
 
 
 def generation_fields() -> list[str]:
@@ -114,6 +115,25 @@ class DecodeArguments(GenerationOptions):
         if self.threads is not None:
             check_whole("threads", self.threads, 1)
         PDTGenerationConfig(**self.generation_options())
+        self.check_files()
+
+    def check_files(self) -> None:
+        """Raises `ValueError` for files that cannot be read or written, and for what only a manifest would hold."""
+        for name in MANIFEST_OPTIONS:
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.manifest is None and value != default:
+                raise ValueError(f"{name}={value!r}, allowed with manifest=None: {default}, it is for the manifest.")
+        for name in ("manifest", "stream_jsonl"):
+            if getattr(self, name) is not None and Path(getattr(self, name)).is_dir():
+                raise ValueError(f"{name}={getattr(self, name)!r}, allowed: a file, it is a folder.")
+        for name in ("plan_contract", "seed_notes", "reference_notes"):
+            path = getattr(self, name)
+            if path is None:
+                continue
+            try:
+                load_yaml(path)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{name}={path!r}, allowed: a YAML or JSON file with a mapping; {error}") from error
 
     def requests(self) -> list[str]:
         """The requests: the one given, or the lines of the file."""

@@ -40,3 +40,36 @@ def test_options_of_decoding_are_checked_at_once(options, message):
 def test_shares_of_the_trunk_s_mixture_are_shares():
     with pytest.raises(ValueError, match=r"p_cut=7.0, allowed: a number at least 0.0 and at most 1.0"):
         TrunkArguments(p_cut=7.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # These were ignored without a word.
+        ({"token_records": True}, "token_records=True, allowed with manifest=None: False, it is for the manifest"),
+        ({"reading_records": True}, "reading_records=True, allowed with manifest=None: False"),
+        ({"memory_report": True}, "memory_report=True, allowed with manifest=None: False"),
+        ({"reference_notes": "nothere"}, "reference_notes='nothere', allowed with manifest=None: None"),
+        # These failed when everything was decoded, without the name of the option.
+        ({"manifest": "."}, r"manifest='\.', allowed: a file, it is a folder"),
+        ({"stream_jsonl": "."}, r"stream_jsonl='\.', allowed: a file, it is a folder"),
+        (
+            {"manifest": "m.json", "reference_notes": "nothere"},
+            r"reference_notes='nothere', allowed: a YAML or JSON file with a mapping.* No such file",
+        ),
+        ({"plan_contract": "nothere"}, r"plan_contract='nothere', allowed: .* No such file"),
+        ({"seed_notes": "."}, r"seed_notes='\.', allowed: .* Is a directory"),
+    ],
+)
+def test_files_of_a_run_are_checked_before_it(options, message):
+    with pytest.raises(ValueError, match=message):
+        DecodeArguments(model="m", **options)
+
+
+def test_a_file_of_reference_notes_is_read_before_the_run(tmp_path):
+    file = tmp_path / "notes.yaml"
+    file.write_text("stream_0: [barley]\n")
+    DecodeArguments(model="m", manifest=str(tmp_path / "m.json"), reference_notes=str(file), token_records=True)
+    file.write_text("- barley\n")
+    with pytest.raises(ValueError, match=r"reference_notes=.*: the top level must be a mapping"):
+        DecodeArguments(model="m", manifest=str(tmp_path / "m.json"), reference_notes=str(file))
