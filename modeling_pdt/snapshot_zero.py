@@ -25,11 +25,14 @@ def per_prompt(name: str, values: list | None, num_prompts: int, num_streams: in
         return None
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"{name} must be a list of texts, [stream] or [prompt][stream], got {values!r}.")
-    if values and not isinstance(values[0], (list, tuple)):
+    shared = not values or not isinstance(values[0], (list, tuple))
+    given = len(values) if shared else [len(row) for row in values]
+    if shared:
         values = [values] * num_prompts
     if len(values) != num_prompts or any(len(row) != num_streams for row in values):
         raise ValueError(
-            f"{name} must be [stream] or [prompt][stream] with {num_prompts} prompts and {num_streams} streams."
+            f"{name} must be [stream] or [prompt][stream] with {num_prompts} prompts and {num_streams} streams, got "
+            f"{given} texts."
         )
     for row in values:
         for text in row:

@@ -78,8 +78,7 @@ def decode(
     prompts = [render_request(request, tokenizer) for request in arguments.requests()]
     tokenizer.padding_side = "left"
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.trunk.device)
-    options = arguments.generate_arguments()
-    options["num_streams"] = arguments.num_streams or model.generation_config.num_streams or model.config.num_streams
+    options = arguments.generate_arguments(model.generation_config.num_streams or model.config.num_streams)
     with ExitStack() as stack:
         callbacks = open_callbacks(arguments, tokenizer, stack)
         view = stack.enter_context(LiveView(tokenizer, len(prompts), options["num_streams"], console))

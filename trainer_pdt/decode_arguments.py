@@ -27,10 +27,35 @@ def generation_fields() -> list[str]:
 
 
 def read_requests(prompt: str | None, prompt_file: str | None) -> list[str]:
-    """The request given, or the lines of the file that are not empty; none of neither."""
+    """
+    The request given, or the lines of the file that are not empty; none of neither.
+
+    Raises:
+        ValueError: For a file without any.
+    """
     if prompt_file is None:
         return [] if prompt is None else [prompt]
-    return [line for line in Path(prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in Path(prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"prompt_file={prompt_file!r}, allowed: a request per line; it has none.")
+    return lines
+
+
+def read_seed_notes(path: str) -> torch.Tensor:
+    """
+    Vectors `[places, width]` of a file `{notes: [[...], ...]}`.
+
+    Raises:
+        ValueError: For a file of another form.
+    """
+    content = load_yaml(path)
+    try:
+        return torch.tensor(content["notes"], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"seed_notes={path!r}, allowed: {{notes: [[...], ...]}} with vectors of equal length; it has the keys "
+            f"{sorted(content)}. {type(error).__name__}: {error}"
+        ) from error
 
 
 def sampling_options(temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
@@ -145,8 +170,21 @@ class DecodeArguments(GenerationOptions):
         """Fields of `PDTGenerationConfig` that were given."""
         return {name: getattr(self, name) for name in generation_fields() if getattr(self, name) is not None}
 
-    def generate_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `generate` that do not depend on the model."""
+    def generate_arguments(self, num_streams: int | None = None) -> dict[str, Any]:
+        """
+        Keyword arguments of `generate`.
+
+        Args:
+            num_streams (`int`, *optional*): S of the model, for a call that chooses none.
+
+        Raises:
+            ValueError: For options that contradict each other, or files of another form.
+        """
+        num_streams = self.num_streams or num_streams
+        if self.headers is not None and num_streams not in (None, len(self.headers)):
+            raise ValueError(
+                f"headers={self.headers}, allowed: one per stream, num_streams={num_streams}; got {len(self.headers)}."
+            )
         if self.headers is not None and self.stream_prefixes is not None:
             raise ValueError("give at most one of `headers` and `stream_prefixes`.")
         prefixes = self.headers and [render_header(header) for header in self.headers]
@@ -156,11 +194,12 @@ class DecodeArguments(GenerationOptions):
             "plan_contract": self.plan_contract and load_yaml(self.plan_contract),
             "stream_prefixes": prefixes or self.stream_prefixes,
             "seed_texts": self.seed_texts,
-            "seed_notes": self.seed_notes and torch.tensor(load_yaml(self.seed_notes)["notes"]),
+            "seed_notes": self.seed_notes and read_seed_notes(self.seed_notes),
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": self.repetition_penalty,
             "interventions": make_interventions(self.interventions),
             "seed": self.seed,
             **sampling_options(self.temperature, self.top_k, self.top_p),
             **self.generation_options(),
+            **({} if num_streams is None else {"num_streams": num_streams}),
         }

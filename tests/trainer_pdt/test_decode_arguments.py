@@ -73,3 +73,29 @@ def test_a_file_of_reference_notes_is_read_before_the_run(tmp_path):
     file.write_text("- barley\n")
     with pytest.raises(ValueError, match=r"reference_notes=.*: the top level must be a mapping"):
         DecodeArguments(model="m", manifest=str(tmp_path / "m.json"), reference_notes=str(file))
+
+
+def test_a_file_without_requests_is_named(tmp_path):
+    # The tokenizer failed with an IndexError; baselines took the worlds' documents without a word.
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for kind in (DecodeArguments, BaselineArguments):
+        with pytest.raises(ValueError, match=r"prompt_file='.*empty.txt', allowed: a request per line; it has none"):
+            kind(model="m", prompt_file=str(tmp_path / "empty.txt")).requests()
+
+
+@pytest.mark.parametrize("text", ["vectors: [[1.0]]", "notes: [[1.0], [1.0, 2.0]]", "notes: [[a]]", "notes:", "{}"])
+def test_a_file_of_other_seed_notes_is_named(text, tmp_path):
+    # A KeyError was all that a file without the key was told.
+    (tmp_path / "notes.yaml").write_text(text)
+    arguments = DecodeArguments(model="m", seed_notes=str(tmp_path / "notes.yaml"))
+    message = r"seed_notes='.*notes.yaml', allowed: \{notes: \[\[\.\.\.\], \.\.\.\]\} with vectors of equal length"
+    with pytest.raises(ValueError, match=message):
+        arguments.generate_arguments()
+
+
+def test_headers_are_as_many_as_streams():
+    # The message spoke of stream_prefixes and did not say how many came.
+    with pytest.raises(ValueError, match=r"headers=\['A', 'B'\], allowed: one per stream, num_streams=3; got 2"):
+        DecodeArguments(model="m", headers=["A", "B"]).generate_arguments(3)
+    assert DecodeArguments(model="m", headers=["A", "B"], num_streams=2).generate_arguments(3)["num_streams"] == 2
+    assert DecodeArguments(model="m").generate_arguments(3)["num_streams"] == 3
