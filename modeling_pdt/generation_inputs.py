@@ -4,6 +4,7 @@ Letters: B prompts, S streams, P plan places, N note width.
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from .outputs import Merge
 from .plan import PlanEntry, check_plan_entries, read_contract
 from .sampling import row_processors
 from .snapshot_zero import encode_plan, encode_seeds, per_prompt, predict_plan, tokenize, write_outlines
+
+logger = logging.getLogger(__name__)
 
 SECTION_SEPARATOR = "\n\n"
 # Fields of `GenerationConfig` that parallel decoding does not have, and the values that ask for nothing.
@@ -190,6 +193,14 @@ def resolve_plan(
         return prompts, [check_plan_entries(list(row), num_streams) for row in rows], None, "external"
     if config.plan == "trunk":
         prompts, plans = write_outlines(model, tokenizer, prompts, config)
+        others = sorted({len(lines) for lines in plans} - {num_streams})
+        if others:
+            logger.warning(
+                "the trunk wrote an outline of %s lines for num_streams=%d: further lines become no section, further "
+                "streams get a header without plan items.",
+                " and ".join(map(str, others)),
+                num_streams,
+            )
         plans = [lines[:num_streams] for lines in plans]
         entries = [[PlanEntry(text, k) for k, line in enumerate(lines) for text in line.items] for lines in plans]
         titles = [[line.header for line in lines] for lines in plans]

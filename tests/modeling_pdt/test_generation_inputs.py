@@ -228,6 +228,21 @@ def test_the_trunk_writes_the_plan(model, monkeypatch):
     assert len(calls) == 3
 
 
+def test_an_outline_for_another_number_of_streams_is_told(model, monkeypatch, caplog):
+    # With 2 streams the third line was dropped, with 4 the last stream got no items, and nothing was said.
+    fake_outline(model, monkeypatch, "1. Farming: main crop\n2. Places: river\n3. People: mayor\n\n")
+    call = {"ids": IDS[:1], "tokenizer": Letters(), "plan": "trunk"}
+    with caplog.at_level(logging.WARNING):
+        prepare(model, **call, num_streams=3)
+        assert not caplog.records
+        for streams in (2, 4):
+            prepare(model, **call, num_streams=streams)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "the trunk wrote an outline of 3 lines for num_streams=2",
+        "the trunk wrote an outline of 3 lines for num_streams=4",
+    ]
+
+
 def test_outlines_of_a_batch_are_those_of_the_prompts_one_by_one(model, monkeypatch):
     generate = model.trunk.generate
 
