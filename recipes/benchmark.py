@@ -29,7 +29,7 @@ def main(args: list[str] | None = None) -> dict:
     if kind not in KINDS:
         raise ValueError(f"benchmark {kind!r} is unknown, allowed: {sorted(KINDS)}.")
     owner, run, table = KINDS[kind]
-    (arguments,) = RecipeParser(owner).parse(rest)
+    (arguments,) = RecipeParser(owner, script=f"benchmark.py {kind}").parse(rest)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     report = run(arguments)
     path = write_json(arguments.output, report)

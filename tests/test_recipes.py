@@ -65,12 +65,13 @@ CALLS = [[name] for name in SCRIPTS] + [["benchmark", kind] for kind in ("data",
 
 @pytest.mark.parametrize("call", CALLS, ids=" ".join)
 def test_help_says_what_every_option_is(call, monkeypatch, capsys):
-    # The options of a tiny trunk had names and defaults only, and the benchmarks took --help for one of them.
+    # The options of a tiny trunk had names and defaults only, the benchmarks took --help for one of them.
+    # Every script was called SCRIPT.
     monkeypatch.setattr(sys, "argv", [f"recipes/{call[0]}.py", *call[1:], "--help"])
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"recipes.{call[0]}").main()
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and text.startswith("usage: ")
+    assert stop.value.code == 0 and text.startswith(f"usage: {' '.join([f'{call[0]}.py', *call[1:]])} ")
     assert not re.findall(r"^  --\w+ \((?:required|default [^)]*)\)$", text, re.MULTILINE)
 
 

@@ -164,6 +164,7 @@ class RecipeParser:
 
     Args:
         dataclass_types (`type`): Dataclasses to fill, in the order in which `parse` returns them.
+        script (`str`, *optional*): What `--help` calls the script; defaults to the name of its file.
 
     Example:
 
@@ -172,8 +173,9 @@ class RecipeParser:
     ```
     """
 
-    def __init__(self, *dataclass_types: type):
+    def __init__(self, *dataclass_types: type, script: str | None = None):
         self.dataclass_types = dataclass_types
+        self.script = script
         self.owners: dict[str, type] = {}
         self.fields: dict[str, dataclasses.Field] = {}
         self.hints: dict[str, Any] = {}
@@ -217,7 +219,8 @@ class RecipeParser:
 
     def format_help(self) -> str:
         """Return one line per field: name, default and what it means."""
-        lines = ["usage: SCRIPT [--config FILE ...] [--field value ...]"]
+        script = self.script or Path(sys.argv[0]).name
+        lines = [f"usage: {script} [--config FILE ...] [--field value ...]"]
         for owner in self.dataclass_types:
             lines += ["", f"{owner.__name__}:"]
             for field in (field for name, field in self.fields.items() if self.owners[name] is owner):
