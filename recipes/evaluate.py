@@ -14,7 +14,7 @@ from trainer_pdt.calibration import save_calibration
 from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.bars import check_bars
 from trainer_pdt.evaluation.report import read_training, write_report
-from trainer_pdt.evaluation.sections import DOCUMENTS_FILE, run_sections, take_documents
+from trainer_pdt.evaluation.sections import DOCUMENTS_FILE, adapters_mark, run_sections, take_documents
 from trainer_pdt.evaluation.suite import Evaluation
 from trainer_pdt.loading import load_trained
 from trainer_pdt.parser import RecipeParser
@@ -35,6 +35,7 @@ def main(args: list[str] | None = None) -> dict:
     report: dict = {
         "settings": {
             "command": command_line(),
+            "adapters": adapters_mark(model),
             "seed": arguments.eval_seed,
             "documents": {"core": arguments.core_documents, "hard": arguments.hard_documents},
             "control_factor": arguments.control_factor,

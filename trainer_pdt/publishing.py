@@ -1,6 +1,7 @@
 """A release: model, tokenizer, card, evaluation, provenance and check sums, staged as files before any upload."""
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from hub_cards import template_path
 from modeling_pdt import PDTForParallelDecoding
 
+from .evaluation.sections import adapters_mark
 from .evaluation.values import measure, part
 from .loading import load_trained
 from .render import HARMONY_FINAL, render_request
@@ -29,6 +31,8 @@ from .telemetry import (
     read_json,
     write_json,
 )
+
+logger = logging.getLogger(__name__)
 
 PROVENANCE_FILE, EVALUATION_FILE, SUMS_FILE = "provenance.json", "evaluation.json", "SHA256SUMS"
 # An absolute path of two parts or more, at the start of a word.
@@ -62,7 +66,7 @@ class PublishArguments:
     Args:
         model (`str`): Folder of a trained model, with its telemetry.
         repo_id (`str`): Repository of the Hub, made if missing.
-        evaluation (`str`, *optional*): `evaluation.json` of this model; missing = a card without figures.
+        evaluation (`str`, *optional*): `evaluation.json` of these adapters; missing = a card without figures.
         include_trunk (`bool`): Upload the trunk too; needed where it is no model of the Hub.
         staging_folder (`str`): The release is made here, in a folder named as the repository; emptied first.
         dry_run (`bool`): Show every file and the card; upload nothing.
@@ -119,7 +123,8 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
         `Path`: The folder, ready for [`modeling_pdt.hub_layout.upload`].
 
     Raises:
-        ValueError: For a model that does not load, does not condition, or names a trunk that nobody else has.
+        ValueError: For a model that does not load, does not condition, or names a trunk that nobody else has, and for
+            an evaluation of other adapters.
     """
     model, tokenizer = load_trained(arguments.model)
     model.check_conditioning()
@@ -141,9 +146,7 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
             write_json(folder / name, without_paths(read_json(Path(arguments.model) / name)))
     evaluation = {}
     if arguments.evaluation is not None:
-        evaluation = without_paths(read_json(arguments.evaluation))
-        if "settings" not in evaluation and not measured(evaluation):
-            raise ValueError(f"evaluation={arguments.evaluation!r}, allowed: what recipes/evaluate.py wrote.")
+        evaluation = read_evaluation(arguments.evaluation, model)
         write_json(folder / EVALUATION_FILE, evaluation)
     if license_file is not None:
         shutil.copyfile(license_file, folder / "LICENSE")
@@ -153,6 +156,31 @@ def stage_release(arguments: PublishArguments, license_file: Path | None = None)
     write_card(folder, arguments, model, tokenizer, evaluation, read_json(provenance))
     write_sums(folder)
     return folder
+
+
+def read_evaluation(path: str, model: PDTForParallelDecoding) -> dict[str, Any]:
+    """
+    Content of `evaluation.json`, without paths of this machine.
+
+    Args:
+        path (`str`): The file.
+        model ([`~modeling_pdt.PDTForParallelDecoding`]): Whose figures it must hold.
+
+    Raises:
+        ValueError: For another file, and for an evaluation of other adapters.
+    """
+    evaluation = without_paths(read_json(path))
+    if "settings" not in evaluation and not measured(evaluation):
+        raise ValueError(f"evaluation={path!r}, allowed: what recipes/evaluate.py wrote.")
+    evaluated, published = part(evaluation, "settings").get("adapters"), adapters_mark(model)
+    if evaluated is None:
+        logger.warning("evaluation=%r does not say which adapters it measured; nobody can check its figures.", path)
+    elif evaluated != published:
+        raise ValueError(
+            f"evaluation={path!r} measured the adapters {evaluated}, allowed: an evaluation of the adapters that are "
+            f"published, {published}."
+        )
+    return evaluation
 
 
 def describe_run(model: str | Path, evaluation: Mapping[str, Any]) -> dict[str, Any]:

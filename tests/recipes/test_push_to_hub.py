@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from modeling_pdt import PDTForParallelDecoding
 from recipes import push_to_hub
 from tests.tiny_training import make_model, tokenizer
+from trainer_pdt.evaluation.sections import adapters_mark
 from trainer_pdt.publishing import describe_run, measured, without_paths
 
 DEMO = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo" / "evaluation.json"
@@ -125,6 +127,23 @@ def test_missing_numbers_leave_their_lines_out(run, tmp_path):
     # Any JSON passed for an evaluation, and gave a card without figures.
     with pytest.raises(ValueError, match=r"evaluation=.*config.json', allowed: what recipes/evaluate.py wrote"):
         publish(run, tmp_path, "--include_trunk", "--evaluation", str(run / "config.json"))
+
+
+def test_an_evaluation_of_other_adapters_is_refused(run, tmp_path, caplog):
+    # The card of any model took over the figures of any evaluation, and nothing told whose they were.
+    model = PDTForParallelDecoding.from_pretrained(run)
+    mark, path = adapters_mark(model), tmp_path / "measured.json"
+    measures = {"coverage": {"precision": {"mean": 0.5}}}
+    path.write_text(json.dumps({**measures, "settings": {"adapters": "0123abcd"}}))
+    with pytest.raises(ValueError, match=rf"measured.json' measured the adapters 0123abcd, allowed: .*{mark}"):
+        publish(run, tmp_path, "--include_trunk", "--evaluation", str(path))
+    path.write_text(json.dumps({**measures, "settings": {"adapters": mark}}))
+    publish(run, tmp_path, "--include_trunk", "--evaluation", str(path))
+    untold = "does not say which adapters it measured"
+    assert untold not in caplog.text
+    path.write_text(json.dumps({**measures, "settings": {}}))
+    publish(run, tmp_path, "--include_trunk", "--evaluation", str(path))
+    assert caplog.text.count(untold) == 1
 
 
 def test_provenance_without_paths_of_the_machine(run, tmp_path):
