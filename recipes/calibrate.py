@@ -1,13 +1,13 @@
 """Calibrates the thresholds of trained adapters: `python recipes/calibrate.py --model build/demo/model`.
 
-Writes `agreement_thresholds.json`, `coverage_thresholds.json` and `generation_config.json` into the model's folder, or
-for a model of the Hub into `output_folder`. Evaluation does the same on its way; this recipe does nothing else.
+Writes `agreement_thresholds.json`, `coverage_thresholds.json` and `generation_config.json` into `output_folder`: where
+nothing is said the model's folder, or for a model of the Hub `build/calibration/NAME`. Evaluation does the same on its
+way; this recipe does nothing else.
 """
 
 import logging
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -28,8 +28,7 @@ def main(args: list[str] | None = None) -> dict:
     evaluation = Evaluation(model, tokenizer, EvaluationArguments(**asdict(arguments)))
     with closing(evaluation.writers):
         calibration = evaluation.calibration()
-    folder = arguments.model if Path(arguments.model).is_dir() else arguments.output_folder
-    for path in save_calibration(model, calibration, folder):
+    for path in save_calibration(model, calibration, arguments.output_folder):
         logging.info("wrote %s", path)
     for head, report in calibration.items():
         for name in ("threshold", "auroc", "f1", "expected_calibration_error"):

@@ -1,7 +1,8 @@
 """Evaluates trained adapters on held-out worlds: `python recipes/evaluate.py --model build/demo/model`.
 
-Writes `evaluation.json`, a report in HTML and Markdown with plots, and the calibrated thresholds into the model's
-folder (`agreement_thresholds.json`, `coverage_thresholds.json`, `generation_config.json`).
+Writes `evaluation.json` and a report in HTML and Markdown with plots into `output_folder` (`MODEL_evaluation` where
+nothing is said), and the calibrated thresholds into the model's folder (`agreement_thresholds.json`,
+`coverage_thresholds.json`, `generation_config.json`).
 """
 
 import logging
@@ -62,7 +63,7 @@ def main(args: list[str] | None = None) -> dict:
     write_json(folder / "evaluation.json", report)
     if Path(arguments.model).is_dir() and "calibration" in report:
         save_calibration(model, report["calibration"], arguments.model)
-    write_report(report, training, folder)
+    logging.info("wrote %s", write_report(report, training, folder))
     for bar in report["bars"]:
         logging.info("%-45s %8.3f  %-9s %s", bar["name"], bar["value"], bar["bar"], "met" if bar["met"] else "missed")
     return report

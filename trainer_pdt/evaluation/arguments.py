@@ -1,5 +1,6 @@
 """Arguments of an evaluation."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class CalibrationArguments:
         model (`str`): Folder or Hub repository of the adapters.
         revision (`str`, *optional*): Branch, tag or commit of that repository.
         trunk_revision (`str`, *optional*): Of the trunk on the Hub; missing = the commit that the model names.
-        output_folder (`str`): Receives what is not written into the model's own folder.
+        output_folder (`str`, *optional*): Receives thresholds and `generation_config.json`; missing = the model's
+            folder, or for a model of the Hub `build/calibration/NAME`.
         calibration_documents (`int`): Validation documents on which thresholds are set, hard ones in the share that
             the evaluation has of them (its default share where nothing is evaluated).
         decode_batch (`int`): Documents per decoding call.
@@ -52,7 +54,9 @@ class CalibrationArguments:
     trunk_revision: str | None = field(
         default=None, metadata={"help": "Of the trunk on the Hub; missing = the commit that the model names."}
     )
-    output_folder: str = field(default="build/demo", metadata={"help": "Receives evaluation.json."})
+    output_folder: str | None = field(
+        default=None, metadata={"help": "Receives thresholds; missing = the model's folder, or build/calibration."}
+    )
     calibration_documents: int = field(default=96, metadata={"help": "Validation documents for calibration."})
     decode_batch: int = field(default=32, metadata={"help": "Documents per decoding call."})
     eval_seed: int = field(default=0, metadata={"help": "Seed of sampling."})
@@ -61,6 +65,15 @@ class CalibrationArguments:
 
     def __post_init__(self) -> None:
         self._check_least({"calibration_documents": 2, "decode_batch": 2, "threads": 1, "workers": 1})
+        if self.output_folder is None:
+            self.output_folder = str(self._default_folder())
+
+    def _default_folder(self) -> Path:
+        return Path(self.model) if Path(self.model).is_dir() else self._folder_of_hub_model("calibration")
+
+    def _folder_of_hub_model(self, purpose: str) -> Path:
+        name = self.model if self.revision is None else f"{self.model}@{self.revision}"
+        return Path("build") / purpose / name.replace("/", "--")
 
     def _check_least(self, least: dict[str, int]) -> None:
         for name, bound in least.items():
@@ -71,10 +84,12 @@ class CalibrationArguments:
 @dataclass
 class EvaluationArguments(CalibrationArguments):
     """
-    What to evaluate, and on how much. `output_folder` receives `evaluation.json` and, for statistics over several
-    runs, `documents.json`.
+    What to evaluate, and on how much.
 
     Args:
+        output_folder (`str`, *optional*): Receives `evaluation.json`, the report and, for statistics over several
+            runs, `documents.json`; missing = `MODEL_evaluation` beside the model's folder, or for a model of the Hub
+            `build/evaluation/NAME`.
         core_documents, hard_documents (`int`): Held-out documents per kind.
         speed_documents (`int`): Documents of the wall-clock comparisons.
         control_factor (`int`): How many times as many documents the controls get (no bus, notes zeroed, gate 0, notes
@@ -97,6 +112,9 @@ class EvaluationArguments(CalibrationArguments):
             arguments and the same adapters has finished in `output_folder`.
     """
 
+    output_folder: str | None = field(
+        default=None, metadata={"help": "Receives evaluation.json; missing = MODEL_evaluation, or build/evaluation."}
+    )
     core_documents: int = field(default=128, metadata={"help": "Held-out core documents."})
     hard_documents: int = field(default=48, metadata={"help": "Held-out hard documents."})
     speed_documents: int = field(default=25, metadata={"help": "Documents of the wall-clock comparisons."})
@@ -138,6 +156,11 @@ class EvaluationArguments(CalibrationArguments):
     def make_judge(self) -> Judge | None:
         """Who judges answers, if anybody does."""
         return make_judge(self.judge, Path(self.output_folder) / "judge.sqlite") if self.judge else None
+
+    def _default_folder(self) -> Path:
+        if not Path(self.model).is_dir():
+            return self._folder_of_hub_model("evaluation")
+        return Path(f"{os.path.abspath(self.model)}_evaluation")
 
     def _choose_sections(self) -> None:
         check_choice("suite", self.suite, tuple(SUITES))
