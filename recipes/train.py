@@ -59,6 +59,7 @@ def main() -> None:
     """Parse, build, train, save."""
     parser = RecipeParser(PDTAdapterConfig, ModelArguments, DataArguments, CurriculumArguments, PDTTrainingArguments)
     adapter, model_args, data, curriculum_args, args = parser.parse()
+    data = data.for_streams(adapter.num_streams)
     if model_args.threads is not None:
         torch.set_num_threads(model_args.threads)
     set_seed(args.seed)

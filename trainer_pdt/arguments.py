@@ -5,7 +5,7 @@ belongs to `PDTAdapterConfig` and `PDTConfig`.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -218,7 +218,8 @@ class DataArguments:
         dataset_path (`str`, *optional*): Folder or Hub id of a published dataset; missing = procedural worlds.
         train_documents (`int`, *optional*, defaults to 4000): Documents of the training split.
         eval_documents (`int`, *optional*, defaults to 200): Documents of the validation split.
-        document_streams (`int`, *optional*): Sections per procedural document, 2 to 6; 3 when missing.
+        document_streams (`int`, *optional*): Sections per procedural document, 2 to 6; missing = as many as the model
+            has streams, and never fewer.
         hard_fraction (`float`, *optional*): Share of procedural training documents with several facts of one type;
             0 when missing.
         foreign_fraction (`float`, *optional*): Share of procedural training documents whose facts have values of any
@@ -233,7 +234,7 @@ class DataArguments:
     train_documents: int = field(default=4000, metadata={"help": "Documents of the training split."})
     eval_documents: int = field(default=200, metadata={"help": "Documents of the validation split."})
     document_streams: int | None = field(
-        default=None, metadata={"help": "Sections per procedural document, 2 to 6; 3 when missing."}
+        default=None, metadata={"help": "Sections per procedural document, 2 to 6; missing = num_streams."}
     )
     hard_fraction: float | None = field(
         default=None, metadata={"help": "Share of procedural documents with several facts of one type."}
@@ -249,7 +250,7 @@ class DataArguments:
         check_whole("train_documents", self.train_documents, 1)
         check_whole("eval_documents", self.eval_documents, 1)
         check_whole("max_row_tokens", self.max_row_tokens, 2)
-        for name, default in (("document_streams", 3), ("hard_fraction", 0.0), ("foreign_fraction", 0.0)):
+        for name, default in (("document_streams", None), ("hard_fraction", 0.0), ("foreign_fraction", 0.0)):
             value = getattr(self, name)
             if self.dataset_path is None:
                 setattr(self, name, default if value is None else value)
@@ -259,9 +260,29 @@ class DataArguments:
                     "belongs to procedural worlds."
                 )
         if self.dataset_path is None:
-            check_whole("document_streams", self.document_streams, 2, 6)
+            if self.document_streams is not None:
+                check_whole("document_streams", self.document_streams, 2, 6)
             check_range("hard_fraction", self.hard_fraction, 0.0, 1.0)
             check_range("foreign_fraction", self.foreign_fraction, 0.0, 1.0)
+
+    def for_streams(self, num_streams: int) -> "DataArguments":
+        """
+        The same for a model of `num_streams` streams: procedural documents have as many sections where nothing is
+        said, and never fewer, because the adapters of the others would not learn.
+
+        Args:
+            num_streams (`int`): Streams of the model.
+        """
+        if self.dataset_path is not None:
+            return self
+        sections = num_streams if self.document_streams is None else self.document_streams
+        if not max(2, num_streams) <= sections <= 6:
+            raise ValueError(
+                f"num_streams={num_streams} with document_streams={self.document_streams!r}, allowed: 2 to 6 sections "
+                "per procedural document (missing = num_streams), and not more streams than sections, because "
+                "adapters of streams that no document has would not learn."
+            )
+        return replace(self, document_streams=sections)
 
 
 @dataclass

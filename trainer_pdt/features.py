@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_pdt.plan import plan_bucket
 
-from .arguments import DataArguments
+from .arguments import DataArguments, check_whole
 from .data.publish import DOCUMENT_FEATURES, document_from_row, load_published
 from .data.schema import Document, Fact
 from .data.worlds import WorldOptions, generate_document
@@ -240,11 +240,12 @@ def load_features(data: DataArguments, maker: FeatureMaker, seed: int) -> tuple[
     Training and validation features: of a published dataset, or of procedural worlds made while training.
 
     Args:
-        data ([`DataArguments`]): Where documents come from, and how many.
+        data ([`DataArguments`]): Where documents come from, and how many; see [`DataArguments.for_streams`].
         maker ([`FeatureMaker`]): Makes the features; its pools are filled here.
         seed (`int`): Seed of the worlds.
     """
     if data.dataset_path is None:
+        check_whole("document_streams", data.document_streams, 2, 6)
         options = WorldOptions(data.document_streams, seed=seed)
         kinds = (False, True) if data.hard_fraction else (False,)
         pool = [

@@ -139,7 +139,7 @@ class Workload:
         config = PDTAdapterConfig()
         maker = FeatureMaker(self.tokenizer, config.num_plan_slots, config.plan_vocab_size, "benchmark")
         count = arguments.batches * arguments.documents
-        data = DataArguments(train_documents=count, eval_documents=1)
+        data = DataArguments(train_documents=count, eval_documents=1).for_streams(config.num_streams)
         features, _ = load_features(data, maker, arguments.benchmark_seed)
         documents = [features[index] for index in range(count)]
         size = arguments.documents

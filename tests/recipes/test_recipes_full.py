@@ -51,7 +51,7 @@ def test_recipes_parse_and_build_their_curriculum(name):
     documents = training.max_steps * training.per_device_train_batch_size * training.gradient_accumulation_steps
     world = {"production": 8, "8gpu": 8}.get(name, 1)
     assert data.train_documents >= documents * world
-    assert adapter.num_streams == data.document_streams
+    assert adapter.num_streams == data.for_streams(adapter.num_streams).document_streams == 3
 
 
 def test_every_training_recipe_is_listed():

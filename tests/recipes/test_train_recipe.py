@@ -49,6 +49,23 @@ def test_a_quantised_trunk_is_trained_on_dequantised(tmp_path, dtype):
     assert trainer.state.log_history[0]["loss"] > 0
 
 
+def test_every_stream_is_trained(tmp_path, monkeypatch):
+    # Documents had three sections whatever the number of streams: the adapter of the fourth stayed as it began.
+    class Reached(Exception):
+        pass
+
+    def stop(*, train_dataset, **_):
+        raise Reached(train_dataset.stream_counts())
+
+    model = make_model(num_streams=4)
+    monkeypatch.setattr(train, "load_model", lambda *_: (model, tokenizer()))
+    monkeypatch.setattr(train, "PDTTrainer", lambda *_, **options: stop(**options))
+    words = ["--config", str(RECIPES / "tiny/train.yaml"), "--num_streams", "4", "--train_documents", "5"]
+    monkeypatch.setattr("sys.argv", ["train.py", *words, "--output_dir", str(tmp_path)])
+    with pytest.raises(Reached, match=r"\[4, 4, 4, 4, 4\]"):
+        train.main()
+
+
 @pytest.mark.slow
 def test_activation_checkpointing_changes_no_weight(tmp_path):
     # The trainer could not switch it on: the model's own method lacked two of the arguments that it passes.

@@ -138,12 +138,30 @@ def test_bad_data_arguments_are_named(values, message):
 
 def test_fields_of_worlds_belong_to_worlds():
     worlds = DataArguments()
-    assert (worlds.document_streams, worlds.hard_fraction, worlds.foreign_fraction) == (3, 0.0, 0.0)
+    assert (worlds.document_streams, worlds.hard_fraction, worlds.foreign_fraction) == (None, 0.0, 0.0)
     published = DataArguments(dataset_path="data")
     assert (published.document_streams, published.hard_fraction, published.foreign_fraction) == (None, None, None)
     for name, value in (("document_streams", 3), ("hard_fraction", 0.25), ("foreign_fraction", 0.5)):
         with pytest.raises(ValueError, match=f"{name}={value}, allowed with dataset_path='data': none"):
             DataArguments(dataset_path="data", **{name: value})
+
+
+@pytest.mark.parametrize(("num_streams", "given", "sections"), [(3, None, 3), (4, None, 4), (2, 3, 3), (1, 2, 2)])
+def test_worlds_have_a_section_per_stream(num_streams, given, sections):
+    # Always three sections unless asked for: the adapters of further streams were not trained, without a word.
+    assert DataArguments(document_streams=given).for_streams(num_streams).document_streams == sections
+
+
+@pytest.mark.parametrize(("num_streams", "given"), [(4, 3), (7, None), (8, 6), (1, None)])
+def test_streams_without_a_section_are_refused(num_streams, given):
+    message = rf"num_streams={num_streams} with document_streams={given}, allowed: 2 to 6 sections"
+    with pytest.raises(ValueError, match=message):
+        DataArguments(document_streams=given).for_streams(num_streams)
+
+
+def test_a_published_dataset_has_its_own_sections():
+    published = DataArguments(dataset_path="data")
+    assert published.for_streams(8) is published
 
 
 def test_names_are_unique_across_arguments_and_configs():

@@ -31,7 +31,7 @@ def test_shares_of_kinds_are_spread_and_cross():
 
 
 def test_foreign_values_are_for_training_alone():
-    data = DataArguments(train_documents=10, eval_documents=10, foreign_fraction=0.5)
+    data = DataArguments(train_documents=10, eval_documents=10, foreign_fraction=0.5, document_streams=3)
     train, validation = load_features(data, make_maker(), seed=0)
     assert sum("foreign_values" in train.document(index).split_tags for index in range(10)) == 5
     assert not any("foreign_values" in validation.document(index).split_tags for index in range(10))
