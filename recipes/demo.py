@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer_pdt.parser import RecipeParser, as_words, load_yaml
+from trainer_pdt.recipe_checks import check_command, check_fields
 from trainer_pdt.resume import is_finished
-from trainer_pdt.runs import MEMORY
+from trainer_pdt.runs import MEMORY, TRAIN
 from trainer_pdt.telemetry import fingerprint, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +87,10 @@ def prepare(arguments: DemoArguments) -> dict[str, Any]:
     recipe = load_yaml(ROOT / arguments.train_config) | overrides
     if not (ROOT / recipe["trunk"] / "model.safetensors").is_file():
         raise SystemExit(f"demo: no trunk in {recipe['trunk']}; `make trunk` trains it")
+    check_fields(TRAIN, recipe)
+    parts = commands(arguments)
+    for command in (*parts["evaluate"], *parts["decode"]):
+        check_command(command)
     if folder.is_dir() and any(folder.iterdir()) and not state_file.is_file():
         raise SystemExit(f"demo: {arguments.demo_folder} holds other files; move them or set --demo_folder")
     state = {"settings": fingerprint(recipe), "max_steps": recipe["max_steps"], "parts": {}}

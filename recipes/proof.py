@@ -12,22 +12,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_pdt import PDTAdapterConfig
-from trainer_pdt import PDTTrainingArguments
-from trainer_pdt.arguments import CurriculumArguments, DataArguments, ModelArguments
-from trainer_pdt.evaluation.arguments import EvaluationArguments
 from trainer_pdt.evaluation.proof import ProofArguments, expected_minutes, next_pieces, plan_pieces
 from trainer_pdt.evaluation.proof_report import write_proof_report
 from trainer_pdt.evaluation.records import keep_records, restore_records
 from trainer_pdt.parser import RecipeParser
-from trainer_pdt.runs import EVALUATE, RESULT_FILE, TRAIN, Run, perform_all
+from trainer_pdt.recipe_checks import check_fields
+from trainer_pdt.runs import RESULT_FILE, Run, perform_all
 from trainer_pdt.telemetry import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKS = {
-    TRAIN: (PDTAdapterConfig, ModelArguments, DataArguments, CurriculumArguments, PDTTrainingArguments),
-    EVALUATE: (EvaluationArguments,),
-}
 
 
 def show(result: dict) -> str:
@@ -60,8 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     pieces = plan_pieces(arguments, ROOT)
     runs = [run for entry in pieces.values() for run in entry]
     for run in runs:
-        if run.script in CHECKS:
-            RecipeParser(*CHECKS[run.script]).parse_values(run.recipe)
+        check_fields(run.script, run.recipe)
     folders = ROOT / arguments.output, (ROOT / arguments.report).with_suffix("") / "pieces"
     if restored := restore_records(runs, *folders):
         print(f"proof: {len(restored)} pieces are finished by their records in {folders[1]}", flush=True)

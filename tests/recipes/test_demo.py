@@ -22,7 +22,8 @@ def demo(tmp_path, monkeypatch):
     """The script in an empty repository with a recipe and a trunk; commands are recorded, not run."""
     (tmp_path / "trunk").mkdir()
     (tmp_path / "trunk/model.safetensors").touch()
-    write_json(tmp_path / "train.yaml", {"trunk": "trunk", "max_steps": 3})
+    stages = [{"name": "bus", "until": 1.0, "train": ["snc"], "losses": {"lm_ce": 1.0}}]
+    write_json(tmp_path / "train.yaml", {"trunk": "trunk", "max_steps": 3, "stages": stages})
     config = {"demo_folder": "build/demo", "train_config": "train.yaml", "decode_prompts": ["One.", "It's two."]}
     write_json(tmp_path / "recipes/tiny/demo.yaml", {**config, "expected_minutes": {"train": 2.5, "report": 0.5}})
     monkeypatch.setattr(recipe, "ROOT", tmp_path)
@@ -108,6 +109,28 @@ def test_missing_trunk_says_how_to_make_it(demo, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="no trunk in trunk; `make trunk` trains it"):
         start(demo, monkeypatch)
     assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("train_options", {"max_stepz": 3}, "unknown field `max_stepz`"),
+        ("train_options", {"train_documents": 0}, "train_documents=0, allowed"),
+        ("train_options", {"stages": []}, "stages is empty"),
+        ("evaluate_options", {"foo": 1}, "unknown field `foo`"),
+        ("decode_options", {"foo": 1}, "unknown field `foo`"),
+        ("decode_options", {"temperature": -1}, "temperature=-1"),
+    ],
+)
+def test_options_are_read_before_anything_is_made(demo, monkeypatch, tmp_path, option, value, message):
+    # Wrong options of a later part were found when the folder was emptied and the training done.
+    start(demo, monkeypatch)
+    demo.ran.clear()
+    result = tmp_path / "build/demo/result.txt"
+    result.write_text("kept")
+    with pytest.raises(ValueError, match=message):
+        start(demo, monkeypatch, f"--{option}", json.dumps(value))
+    assert demo.ran == [] and result.read_text() == "kept"
 
 
 def test_words_of_options():
