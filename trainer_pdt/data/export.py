@@ -16,7 +16,7 @@ from .kd_records import kd_records
 from .options import ExportOptions
 from .publish import DOCUMENT_FEATURES, document_from_row
 from .quality import QualityMeasures
-from .quality_report import AUDIT_OPENING, audit_markdown, report_markdown
+from .quality_report import AUDIT_OPENING, audit_markdown, listed, report_markdown
 from .runner import Mapper, shard_input
 from .splits import SPLITS
 from .storage import (
@@ -94,8 +94,8 @@ class Export:
     def _write(self, part: Path, num_shards: int, mapper: Mapper, made_from: str) -> None:
         parts = mapper(partial(self._write_shard, part / DATA_FOLDER), range(num_shards))
         rows = {split: _number_files(part / DATA_FOLDER, split, parts) for split in SPLITS}
-        check_splits(rows)
         stages = {name: read_json(self.root / name / MANIFEST_FILE) for name in STAGES}
+        check_splits(rows, stages)
         measures = {split: QualityMeasures() for split in SPLITS if rows[split]}
         for shard in parts:
             for split, found in shard.measures.items():
@@ -215,14 +215,30 @@ class Export:
         return str(commit)
 
 
-def check_splits(rows: Mapping[str, int]) -> None:
-    """Training needs documents to train and to validate on."""
+def check_splits(rows: Mapping[str, int], stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """
+    Training needs documents to train and to validate on.
+
+    Args:
+        rows (`Mapping`): Documents by split.
+        stages (`Mapping`): Manifest by stage, quoted where documents are missing.
+    """
+    told = "; ".join(f"{name} {_outcome(manifest)}" for name, manifest in stages.items())
+    if not any(rows.values()):
+        raise ValueError(f"no document reached the dataset: {told}.")
     for split in ("train", "validation"):
         if not rows[split]:
             raise ValueError(
                 f"split {split!r} has no documents (train {rows['train']}, validation {rows['validation']}, test "
-                f"{rows['test']}); use more documents, another `split_seed`, or another `validation_fraction`."
+                f"{rows['test']}); use more documents, another `split_seed`, or another `validation_fraction`. "
+                f"By stage: {told}."
             )
+
+
+def _outcome(manifest: Mapping[str, Any]) -> str:
+    rejects = manifest["rejects"]
+    reasons = f" ({listed(rejects)})" if rejects else ""
+    return f"kept {manifest['rows']}, rejected {sum(rejects.values())}{reasons}"
 
 
 def _shard_file(folder: Path, split: str, number: int) -> Path:

@@ -10,7 +10,7 @@ def report_markdown(report: Mapping[str, Any]) -> str:
     """The report as a page: what each stage kept and why it turned documents away, and measures per split."""
     splits = report["splits"]
     stages = [
-        [name, stage["rows"], sum(stage["rejects"].values()), _listed(stage["rejects"]), _listed(stage["counts"])]
+        [name, stage["rows"], sum(stage["rejects"].values()), listed(stage["rejects"]), listed(stage["counts"])]
         for name, stage in report["stages"].items()
     ]
     counts = {key: None for found in splits.values() for key in found["counts"]}
@@ -63,7 +63,8 @@ def _cell(value: Any) -> str:
     return "" if value is None else _quoted(str(value)).replace("|", "\\|")
 
 
-def _listed(counts: Mapping[str, int]) -> str:
+def listed(counts: Mapping[str, int]) -> str:
+    """Counts above 0 with their names."""
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
 
 

@@ -62,6 +62,19 @@ def test_published_documents_are_the_worlds_own(built, tmp_path):
         assert replace(row, streams=streams) == twin
 
 
+def test_a_build_that_rejects_everything_says_why(tmp_path):
+    # It advised more documents, another `split_seed` or another `validation_fraction`, and named no reason.
+    message = r"no document reached the dataset: preflight kept 0, rejected 21 \(too_short 21\); plans kept 0"
+    with pytest.raises(ValueError, match=message):
+        make_builder(tmp_path, min_words=5000).run()
+
+
+def test_a_split_without_documents_says_what_was_rejected(tmp_path):
+    message = r"'validation' has no documents .* By stage: preflight kept 21, rejected 0; plans kept 21"
+    with pytest.raises(ValueError, match=message):
+        make_builder(tmp_path, validation_fraction=0.0001).run()
+
+
 def test_counts_add_up(built):
     kept = 21
     for stage in STAGES:
