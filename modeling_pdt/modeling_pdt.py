@@ -212,7 +212,12 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
             output_hidden_states (`bool`, *optional*): Return the upper layers' inputs.
             planner_mask (`torch.BoolTensor` of shape `[R, T]`, *optional*): Prompt tokens; runs the planner head.
             heads_only (`bool`, *optional*, defaults to `False`): Leave out the upper half: neither logits nor loss.
+            kwargs: For the trunk's layers.
+
+        Raises:
+            ValueError: For arguments that contradict each other, or that this forward does not have.
         """
+        check_absent(kwargs, past_key_values)
         has_window = any(part is not None for part in (notes, notes_mask, plan_slots, plan_mask))
         if has_window + (note_states is not None) + (rollout is not None) > 1:
             raise ValueError("Give at most one of notes, note_states and rollout; plan_slots go with notes.")
@@ -284,6 +289,16 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
             [`ParallelGenerateOutput`], or its `sequences` with `return_dict_in_generate=False` (the default).
         """
         return parallel_generate(self, input_ids, **kwargs)
+
+
+def check_absent(given: dict[str, Any], cache: Cache | None) -> None:
+    """Refuses what a trunk's forward has and this one has not; `use_cache` says no more than a given cache does."""
+    for name in ("inputs_embeds", "output_attentions", "output_router_logits"):
+        value = given.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name} is not available here, got {type(value).__name__}, allowed: None.")
+    if given.pop("use_cache", None) and cache is None:
+        raise ValueError("use_cache=True, allowed: with past_key_values, which this forward never makes.")
 
 
 def shifted_cross_entropy(logits_RTV: torch.Tensor, labels_RT: torch.Tensor) -> torch.Tensor:
