@@ -212,10 +212,7 @@ class PDTForParallelDecoding(PDTPretrained, PreTrainedModel):
             output_hidden_states (`bool`, *optional*): Return the upper layers' inputs.
             planner_mask (`torch.BoolTensor` of shape `[R, T]`, *optional*): Prompt tokens; runs the planner head.
             heads_only (`bool`, *optional*, defaults to `False`): Leave out the upper half: neither logits nor loss.
-            kwargs: For the trunk's layers.
-
-        Raises:
-            ValueError: For arguments that contradict each other, or that this forward does not have.
+            kwargs: For the trunk's layers; what this forward does not have is a `ValueError`.
         """
         check_absent(kwargs, past_key_values)
         has_window = any(part is not None for part in (notes, notes_mask, plan_slots, plan_mask))

@@ -105,6 +105,7 @@ class PDTPretrained:
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        safe_serialization: bool = True,
         **kwargs: Any,
     ) -> None:
         """
@@ -117,11 +118,14 @@ class PDTPretrained:
             state_dict (`dict`, *optional*): State to save in place of the model's own (gathered by a sharded trainer).
             push_to_hub (`bool`, *optional*, defaults to `False`): Then upload what this call wrote, and nothing else
                 that lies in the folder.
+            safe_serialization (`bool`, *optional*, defaults to `True`): Nothing else, weights are never pickled.
             kwargs: Only with `push_to_hub`: `repo_id`, by default the folder's name, and what [`push_to_hub`] takes.
 
         Raises:
             ValueError: For a folder that is a file, or an unknown argument; nothing is written then.
         """
+        if not safe_serialization:
+            raise ValueError(f"safe_serialization={safe_serialization!r}, allowed: True, weights are never pickled.")
         if kwargs and not push_to_hub:
             raise ValueError(f"save_pretrained() got {sorted(kwargs)}, allowed: only with push_to_hub=True.")
         if not is_main_process:

@@ -295,7 +295,10 @@ def test_a_misspelt_choice_of_saving_writes_nothing(saved, tmp_path):
     model = PDTForParallelDecoding.from_pretrained(saved)
     with pytest.raises(ValueError, match=r"\['include_trunks'\], allowed: only with push_to_hub=True"):
         model.save_pretrained(tmp_path / "new", include_trunks=True)
+    with pytest.raises(ValueError, match="safe_serialization=False, allowed: True"):
+        model.save_pretrained(tmp_path / "new", safe_serialization=False)
     assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path / "new", safe_serialization=True)
 
 
 @pytest.mark.slow
