@@ -10,12 +10,11 @@ from transformers import AutoTokenizer
 
 from modeling_pdt import PDTForParallelDecoding
 from tests.hub.conftest import OWNER_TOKEN
+from tests.measured import DEMO, write_evaluation
 from trainer_pdt import publishing
-from trainer_pdt.evaluation.sections import adapters_mark
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
-EVALUATION, TRUNK = ROOT / "docs/benchmarks/demo/evaluation.json", ROOT / "recipes/tiny/trunk"
+TRUNK = Path(__file__).resolve().parents[2] / "recipes/tiny/trunk"
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +31,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluation(folder, tmp_path_factory):
-    """The demo's evaluation as if it had measured that model."""
-    report = json.loads(EVALUATION.read_text())
-    report["settings"]["adapters"] = adapters_mark(PDTForParallelDecoding.from_pretrained(folder))
-    path = tmp_path_factory.mktemp("evaluation") / "evaluation.json"
-    path.write_text(json.dumps(report))
-    return str(path)
+    """Of that model."""
+    return write_evaluation(tmp_path_factory.mktemp("evaluation") / "evaluation.json", folder)
 
 
 def test_publish_and_use(visit, hub, folder, evaluation, tmp_path):
@@ -58,7 +53,7 @@ def test_publish_and_use(visit, hub, folder, evaluation, tmp_path):
         digest, name = line.split("  ")
         assert hashlib.sha256(files[name]).hexdigest() == digest
     card = ModelCard(files["README.md"].decode())
-    expected = publishing.measured(json.loads(EVALUATION.read_text()))
+    expected = publishing.measured(json.loads(DEMO.read_text()))
     assert publishing.measured(json.loads(files["evaluation.json"])) == expected
     figures = {kind: numbers["value"] for kind, _, numbers in expected}
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == figures
@@ -90,7 +85,7 @@ def test_nothing_is_uploaded_without_the_owner(visit, hub, folder, tmp_path):
 
 
 def test_a_space_reaches_the_hub(visit, hub, tmp_path):
-    words = ("--model", "owner/release", "--repo_id", "owner/demo", "--evaluation", str(EVALUATION))
+    words = ("--model", "owner/release", "--repo_id", "owner/demo", "--evaluation", str(DEMO))
     words += ("--staging_folder", str(tmp_path))
     visit("space", *words, "--dry-run", package=True, token=OWNER_TOKEN)
     assert ("space", "owner/demo") not in hub.repositories

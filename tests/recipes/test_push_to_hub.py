@@ -3,18 +3,16 @@
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from modeling_pdt import PDTForParallelDecoding
 from recipes import push_to_hub
+from tests.measured import DEMO, write_evaluation
 from tests.tiny_training import make_model, tokenizer
 from trainer_pdt.evaluation.sections import adapters_mark
 from trainer_pdt.publishing import describe_run, measured, without_paths
-
-DEMO = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "demo" / "evaluation.json"
 
 
 @pytest.fixture
@@ -52,7 +50,8 @@ def publish(run, tmp_path, *words):
 
 
 def test_a_dry_run_shows_every_file_and_the_card(run, tmp_path, capsys):
-    folder = publish(run, tmp_path, "--include_trunk", "--evaluation", str(DEMO))
+    evaluation = write_evaluation(tmp_path / "evaluation.json", run)
+    folder = publish(run, tmp_path, "--include_trunk", "--evaluation", evaluation)
     shown = capsys.readouterr().out
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     assert all(f"  {name}\n" in shown for name in names)
@@ -91,7 +90,8 @@ def test_check_sums_cover_every_file(run, tmp_path):
 
 
 def test_the_card_s_numbers_are_the_evaluation_s(run, tmp_path):
-    folder = publish(run, tmp_path, "--include_trunk", "--evaluation", str(DEMO), "--tags", "tiny")
+    path = write_evaluation(tmp_path / "evaluation.json", run)
+    folder = publish(run, tmp_path, "--include_trunk", "--evaluation", path, "--tags", "tiny")
     evaluation = json.loads(DEMO.read_text())
     card = ModelCard.load(folder / "README.md")
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
