@@ -108,3 +108,10 @@ def test_a_document_alone_has_no_other_ones_notes(evaluation, monkeypatch):
     whole = dependency(evaluation)
     evaluation.arguments.core_documents = 2
     assert dependency(evaluation) == whole
+
+
+def test_the_divergence_where_a_sibling_told_the_owner_has_a_row_of_its_own():
+    parts = {"divergence": {"mean": 0.25}, "told": {"divergence": {"mean": 0.75}}}
+    rows = {row[0]: row[1] for row in text_table({"text_ce": parts}).rows}
+    assert rows["KL from the trunk on other tokens (nats)"] == "0.250"
+    assert rows["KL from the trunk where a sibling told the owner (nats)"] == "0.750"

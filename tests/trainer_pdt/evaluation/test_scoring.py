@@ -29,6 +29,7 @@ from trainer_pdt.evaluation.scoring import (
     stated_relative,
     swapped_rates,
 )
+from trainer_pdt.evaluation.tables import timing_table
 
 METAL, FRUIT = "raw metal", "snack fruit"
 
@@ -72,8 +73,12 @@ def test_reference_classes_name_every_timing_and_leave_empty_ones_without_a_numb
     assert classes["feasible"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 1, "clusters": ((1, 1), (0, 0))}
     assert classes["same"]["mean"] == 0.0
     assert classes["late"] == {"mean": None, "low": None, "high": None, "n": 0, "clusters": ((0, 0), (0, 0))}
-    # What the owner never states agrees with nothing.
+    # What the owner never states agrees with nothing, and is counted apart.
     assert (classes["any"]["mean"], classes["any"]["clusters"]) == (0.5, ((1, 1), (0, 1)))
+    assert (classes["never"]["mean"], classes["never"]["clusters"]) == (0.0, ((0, 0), (0, 1)))
+    table = timing_table({"reference_classes": {"pdt": classes}})
+    assert table.columns[-2:] == ("all that the owner states", "the owner leaves it out")
+    assert table.rows[0][-2:] == ["0.500 (2)", "0.000 (1)"]
 
 
 def test_count_written_uses_lag_and_capacity():
